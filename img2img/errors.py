@@ -1,0 +1,181 @@
+"""Every error the service reports, each with one stable ``code`` a program can match on.
+
+    Img2ImgError                    internal
+    ├── InvalidRequest              invalid_request       a field breaks the contract
+    │   └── InvalidImage            invalid_image         the bytes are no picture we take
+    ├── MalformedBody               malformed_body        the body cannot be parsed at all
+    ├── MissingBody                 missing_body
+    ├── RequestTooLarge             request_too_large
+    ├── Unauthenticated             unauthenticated
+    ├── MissingCredentials          missing_credentials
+    ├── AccountMismatch             account_mismatch      the key belongs to another account
+    ├── NotFound                    not_found             no such route
+    ├── JobNotFound                 job_not_found
+    ├── ModelNotFound               model_not_found
+    ├── IdempotencyConflict         idempotency_conflict  same key, another body
+    ├── ResultNotReady              result_not_ready
+    ├── ResultGone                  result_gone           past its retention
+    ├── NoCapacity                  no_capacity           nobody is free right now
+    ├── TooManyBytesInFlight        too_many_bytes_in_flight
+    ├── WaitTimeout                 wait_timeout          not finished within the wait
+    ├── ClientClosed                client_closed
+    ├── Unavailable                 unavailable           the queue server cannot be reached
+    ├── ConfigurationError          configuration         refused at start-up
+    ├── LeaseLost                   lease_lost            a worker's claim was taken over
+    └── JobError                    why a job ended without a picture
+        ├── EngineFailed            engine_failed         worth another attempt
+        ├── ModelRefused            model_refused         the same input fails again
+        ├── WorkerLost              worker_lost           every attempt's worker died
+        ├── JobCanceled             canceled
+        └── JobExpired              expired               its deadline passed
+
+Third-party errors are translated at the edge that meets them, ``from exc``. Each front end has one
+table from class to status, and a test walks this tree to prove the tables complete.
+"""
+
+from typing import ClassVar
+
+
+class Img2ImgError(Exception):
+    """Base of all errors reported to a user. ``str(error)`` is safe to show and names the remedy."""
+
+    code: ClassVar[str] = "internal"
+
+
+class InvalidRequest(Img2ImgError):
+    """A field breaks the contract; ``field`` is its name in the schema ("" for the whole body)."""
+
+    code = "invalid_request"
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(reason)
+        self.field = field
+        self.reason = reason
+
+
+class InvalidImage(InvalidRequest):
+    """The bytes of ``image`` or ``mask`` are no picture that the service takes."""
+
+    code = "invalid_image"
+
+
+class MalformedBody(Img2ImgError):
+    """The body is not what its form says: broken JSON, multipart or base64."""
+
+    code = "malformed_body"
+
+
+class MissingBody(Img2ImgError):
+    code = "missing_body"
+
+
+class RequestTooLarge(Img2ImgError):
+    code = "request_too_large"
+
+
+class Unauthenticated(Img2ImgError):
+    """Credentials were sent and are not known."""
+
+    code = "unauthenticated"
+
+
+class MissingCredentials(Unauthenticated):
+    code = "missing_credentials"
+
+
+class AccountMismatch(Unauthenticated):
+    code = "account_mismatch"
+
+
+class NotFound(Img2ImgError):
+    code = "not_found"
+
+
+class JobNotFound(NotFound):
+    code = "job_not_found"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"No job {job_id!r} on this account: check the id, and that the key belongs to its account")
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class IdempotencyConflict(Img2ImgError):
+    code = "idempotency_conflict"
+
+    def __init__(self) -> None:
+        super().__init__("This idempotency key was used with another request: send a new key, or the first body again")
+
+
+class ResultNotReady(Img2ImgError):
+    code = "result_not_ready"
+
+
+class ResultGone(Img2ImgError):
+    code = "result_gone"
+
+
+class Retryable(Img2ImgError):
+    """An error that goes away by itself; ``retry_after`` is the wait in seconds to advise."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NoCapacity(Retryable):
+    code = "no_capacity"
+
+
+class TooManyBytesInFlight(Retryable):
+    code = "too_many_bytes_in_flight"
+
+
+class Unavailable(Retryable):
+    code = "unavailable"
+
+
+class WaitTimeout(Retryable):
+    code = "wait_timeout"
+
+
+class ClientClosed(Img2ImgError):
+    code = "client_closed"
+
+
+class ConfigurationError(Img2ImgError):
+    code = "configuration"
+
+
+class LeaseLost(Img2ImgError):
+    code = "lease_lost"
+
+
+class JobError(Img2ImgError):
+    """Why a job ended without a picture. ``retryable`` asks for another attempt."""
+
+    code = "job_failed"
+    retryable: ClassVar[bool] = False
+
+
+class EngineFailed(JobError):
+    code = "engine_failed"
+    retryable = True
+
+
+class ModelRefused(JobError):
+    code = "model_refused"
+
+
+class WorkerLost(JobError):
+    code = "worker_lost"
+
+
+class JobCanceled(JobError):
+    code = "canceled"
+
+
+class JobExpired(JobError):
+    code = "expired"

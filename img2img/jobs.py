@@ -1,0 +1,143 @@
+"""A job as everybody sees it. State diagram: docs/job-states.md."""
+
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from img2img.requests import JobOptions, Parameters
+
+
+class JobState(StrEnum):
+    """``queued -> running -> succeeded | failed | canceled | expired``; interrupted: ``running -> queued``."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+    EXPIRED = "expired"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in TERMINAL_STATES
+
+
+TERMINAL_STATES: Final = frozenset(
+    {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED, JobState.EXPIRED}
+)
+
+
+class StopReason(StrEnum):
+    """Why a running job was stopped from outside."""
+
+    USER = "user"
+    DISCONNECT = "disconnect"
+    DEADLINE = "deadline"
+    SHUTDOWN = "shutdown"
+    LEASE_LOST = "lease_lost"
+
+
+class Stage(StrEnum):
+    """Where a job's time goes, in order; the stages of a job add up to its whole life."""
+
+    QUEUED = "queued"
+    LOAD = "load"
+    DECODE = "decode"
+    ENCODE_TEXT = "encode_text"
+    ENCODE_IMAGE = "encode_image"
+    STEPS = "steps"
+    DECODE_IMAGE = "decode_image"
+    ENCODE = "encode"
+    STORE = "store"
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A stable code and a sentence for a person."""
+
+    code: str
+    message: str
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the picture lies and what it is; ``expires_at`` in milliseconds since 1970."""
+
+    blob: str
+    media_type: str
+    width: int
+    height: int
+    bytes: int
+    sha256: str
+    expires_at: int
+
+
+class Running(msgspec.Struct, frozen=True, kw_only=True):
+    """What the current attempt has reported; replaced as a whole by each report."""
+
+    executed_by: str
+    width: int | None = None
+    height: int | None = None
+    stage: Stage | None = None
+    step: int = 0
+    steps: int = 0
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How a job ended. ``timings`` are seconds per stage."""
+
+    state: JobState
+    result: Result | None = None
+    error: Failure | None = None
+    timings: dict[Stage, float] = {}
+    warnings: tuple[str, ...] = ()
+
+
+class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for: written once at submission, never changed. Times in milliseconds since 1970."""
+
+    id: str
+    account: str
+    parameters: Parameters
+    options: JobOptions
+    seed: int
+    fingerprint: str
+    warnings: tuple[str, ...] = ()
+    inputs: str | None = None
+    trace: dict[str, str] = {}
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A job at one moment. Times in milliseconds since 1970; ``attempt`` counts from 1, 0 before the first."""
+
+    spec: JobSpec
+    state: JobState
+    created_at: int
+    expires_at: int
+    attempt: int = 0
+    started_at: int | None = None
+    finished_at: int | None = None
+    running: Running | None = None
+    outcome: Outcome | None = None
+    stop_requested: StopReason | None = None
+    queue_position: int | None = None
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.state.is_terminal
+
+
+class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of a job's log; ``seq`` counts 1, 2, 3 … without gaps, ``at`` is in milliseconds."""
+
+    seq: int
+    type: str
+    at: int
+    data: dict[str, object] = {}
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.type in TERMINAL_STATES

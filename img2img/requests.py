@@ -1,0 +1,254 @@
+"""The one request model: what every front end builds and every worker gets.
+
+``build_request`` takes the fields as a front end decoded them (JSON, multipart or protobuf) and applies the
+seed's schema first, then the rules that Cloudflare's schema leaves out. Both raise the same errors
+everywhere, because no front end checks anything itself.
+"""
+
+import base64
+import binascii
+import hashlib
+import math
+import secrets
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Final
+
+import msgspec
+
+from img2img.errors import InvalidRequest
+from img2img.images import PictureInfo, PictureLimits, probe
+from img2img.schema import validate
+
+SIZE_MULTIPLE: Final = 8
+MAX_SEED: Final = 2**64 - 1
+MAX_GUIDANCE: Final = 50.0
+
+
+class Sampler(StrEnum):
+    DPMPP_2M = "dpmpp_2m"
+    DDIM = "ddim"
+    EULER = "euler"
+    EULER_A = "euler_a"
+
+
+class OutputFormat(StrEnum):
+    PNG = "png"
+    WEBP = "webp"
+    JPEG = "jpeg"
+
+    @property
+    def media_type(self) -> str:
+        return f"image/{self.value}"
+
+
+class Img2ImgRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The seed's fields with decoded values; ``image_b64`` is only another spelling of ``image``.
+
+    ``image`` and ``mask`` are encoded files (PNG, JPEG, WebP, GIF, BMP), sizes are pixels, ``strength`` is
+    0..1 and ``guidance`` 0..50.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    image: bytes | None = None
+    mask: bytes | None = None
+    num_steps: int = 20
+    strength: float = 1.0
+    guidance: float = 7.5
+    seed: int | None = None
+
+
+class JobOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the seed's schema does not have; the same on the native API and gRPC."""
+
+    priority: int = 0
+    deadline_seconds: float | None = None
+    sampler: Sampler | None = None
+    output_format: OutputFormat = OutputFormat.PNG
+    output_quality: int = 90
+    reject_if_busy: bool = False
+
+
+class Parameters(msgspec.Struct, frozen=True, kw_only=True):
+    """An ``Img2ImgRequest`` as it is recorded and shown: descriptions in place of the bytes."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    image: PictureInfo | None = None
+    mask: PictureInfo | None = None
+    num_steps: int = 20
+    strength: float = 1.0
+    guidance: float = 7.5
+    seed: int | None = None
+
+
+class Inputs(msgspec.Struct, frozen=True):
+    """The encoded input files of a job, stored as one blob."""
+
+    image: bytes | None = None
+    mask: bytes | None = None
+
+
+class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds that are settings, not part of the contract. Sizes in bytes, times in seconds."""
+
+    prompt_bytes: int = 16 * 1024
+    pictures: PictureLimits = PictureLimits()
+    max_deadline: float = 24 * 3600.0
+
+
+class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that passed every rule, ready to be submitted."""
+
+    request: Img2ImgRequest
+    options: JobOptions
+    parameters: Parameters
+    warnings: tuple[str, ...]
+
+    @property
+    def inputs(self) -> Inputs | None:
+        if self.request.image is None:
+            return None
+        return Inputs(self.request.image, self.request.mask)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides the result; equal requests have equal fingerprints."""
+        digest = hashlib.sha256(msgspec.json.encode((self.parameters, self.options)))
+        for data in (self.request.image, self.request.mask):
+            digest.update(hashlib.sha256(data or b"").digest())
+        return digest.hexdigest()
+
+
+def draw_seed() -> int:
+    """A seed for a request without one; 32 bits, so that it survives JSON numbers anywhere."""
+    return secrets.randbits(32)
+
+
+def build_request(body: object, options: object = None, limits: RequestLimits | None = None) -> CheckedRequest:
+    """Check a decoded body and options; ``image`` and ``mask`` may be bytes or lists of integers.
+
+    Raises:
+        InvalidRequest: names the first field that is wrong and what to send instead.
+    """
+    limits = limits or RequestLimits()
+    fields = validate(body)
+    fields["image"], fields["mask"] = _picture_bytes(fields, "image"), _picture_bytes(fields, "mask")
+    encoded = fields.pop("image_b64", None)
+    if encoded is not None:
+        if fields["image"] is not None:
+            raise InvalidRequest("image_b64", "'/image' and '/image_b64' are both given: send one of them")
+        fields["image"] = _decode_base64(encoded)
+    request = Img2ImgRequest(**fields)
+    _check_rules(request, limits)
+    request, warnings = _round_size(request)
+    image = None if request.image is None else probe("image", request.image, limits.pictures)
+    mask = None if request.mask is None else probe("mask", request.mask, limits.pictures)
+    if image and mask and (image.width, image.height) != (mask.width, mask.height):
+        warnings.append(
+            f"mask {mask.width}x{mask.height} was resized to the image's {image.width}x{image.height}"
+        )
+    return CheckedRequest(
+        request=request,
+        options=build_options(options, limits),
+        parameters=_parameters(request, image, mask),
+        warnings=tuple(warnings),
+    )
+
+
+def build_options(options: object, limits: RequestLimits) -> JobOptions:
+    """Check ``options``; unknown names are refused, so that a misspelt option is never ignored.
+
+    Raises:
+        InvalidRequest: with ``options.<name>`` as its field.
+    """
+    try:
+        built = JobOptions() if options is None else msgspec.convert(options, JobOptions)
+    except msgspec.ValidationError as exc:
+        reason, _, path = str(exc).partition(" - at `$")
+        field = "options" + path.rstrip("`")
+        raise InvalidRequest(field, f"'/{field.replace('.', '/')}': {reason}") from exc
+    if not -10 <= built.priority <= 10:
+        raise InvalidRequest("options.priority", "'/options/priority' must be between -10 and 10")
+    if not 1 <= built.output_quality <= 100:
+        raise InvalidRequest("options.output_quality", "'/options/output_quality' must be between 1 and 100")
+    seconds = built.deadline_seconds
+    if seconds is not None and not 0 < seconds <= limits.max_deadline:
+        raise InvalidRequest(
+            "options.deadline_seconds",
+            f"'/options/deadline_seconds' must be above 0 and at most {limits.max_deadline:g}",
+        )
+    return built
+
+
+def _check_rules(request: Img2ImgRequest, limits: RequestLimits) -> None:
+    """The rules that Cloudflare's schema leaves out, in the schema's property order."""
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+        if len(text.encode("utf-8", "surrogatepass")) > limits.prompt_bytes:
+            raise InvalidRequest(name, f"Length of '/{name}' must be <= {limits.prompt_bytes} bytes")
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise InvalidRequest(name, f"'/{name}' must be valid Unicode, without lone surrogates")
+    if request.mask is not None and request.image is None:
+        raise InvalidRequest("mask", "'/mask' needs '/image' or '/image_b64': send the picture that it masks")
+    if request.num_steps < 1:
+        raise InvalidRequest("num_steps", "'/num_steps' must be >= 1")
+    if not 0 <= request.strength <= 1:
+        raise InvalidRequest("strength", "'/strength' must be between 0 and 1")
+    if not (math.isfinite(request.guidance) and 0 <= request.guidance <= MAX_GUIDANCE):
+        raise InvalidRequest("guidance", f"'/guidance' must be between 0 and {MAX_GUIDANCE:g}")
+    if request.image is not None and int(request.num_steps * request.strength) < 1:
+        raise InvalidRequest(
+            "strength", "'/strength' times '/num_steps' must be at least one step: raise one of them"
+        )
+    if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
+        raise InvalidRequest("seed", "'/seed' must be between 0 and 18446744073709551615")
+
+
+def _round_size(request: Img2ImgRequest) -> tuple[Img2ImgRequest, list[str]]:
+    """Round width and height to the multiple of 8 that the latent needs, and say so."""
+    rounded: dict[str, int] = {}
+    for name in ("height", "width"):
+        value = getattr(request, name)
+        if value is not None and value % SIZE_MULTIPLE:
+            rounded[name] = (value + SIZE_MULTIPLE // 2) // SIZE_MULTIPLE * SIZE_MULTIPLE
+    warnings = [
+        f"{name} {getattr(request, name)} was rounded to {value}, a multiple of {SIZE_MULTIPLE}"
+        for name, value in rounded.items()
+    ]
+    return msgspec.structs.replace(request, **rounded), warnings
+
+
+def _parameters(request: Img2ImgRequest, image: PictureInfo | None, mask: PictureInfo | None) -> Parameters:
+    fields = msgspec.structs.asdict(request) | {"image": image, "mask": mask}
+    return Parameters(**fields)
+
+
+def _picture_bytes(fields: Mapping[str, Any], name: str) -> bytes | None:
+    """The file's bytes from bytes or from a list of integers 0..255 (256, -1, "a" and 1.5 name their index)."""
+    value = fields.get(name)
+    if not isinstance(value, list):
+        return value
+    try:
+        return bytes(value)
+    except (TypeError, ValueError):
+        pass
+    for index, item in enumerate(value):
+        whole = isinstance(item, int | float) and not isinstance(item, bool) and item == item // 1
+        if not whole or not 0 <= item <= 255:
+            raise InvalidRequest(name, f"'/{name}/{index}' must be an integer between 0 and 255")
+    return bytes(int(item) for item in value)
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decode standard or URL-safe base64, with or without padding, line breaks or a ``data:`` prefix."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    compact = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise InvalidRequest("image_b64", f"'/image_b64' is not base64: {exc}") from exc

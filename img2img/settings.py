@@ -1,0 +1,129 @@
+"""Every setting, read once from ``IMG2IMG_*`` variables. Times are seconds, sizes bytes, sides pixels."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from img2img.errors import ConfigurationError
+from img2img.images import PictureLimits
+from img2img.requests import RequestLimits
+
+PREFIX: Final = "IMG2IMG_"
+LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+BUNDLED_MODEL: Final = "emoji-sd"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Frozen settings; field ``http_port`` is variable ``IMG2IMG_HTTP_PORT``."""
+
+    # Where things are
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    blobs: str = "redis"
+    queue: str = "default"
+
+    # Front ends
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 50051
+    tenants_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    sync_timeout: float = 55.0
+    retry_grace: float = 15.0
+    max_wait: float = 60.0
+    drain_timeout: float = 30.0
+
+    # Limits
+    max_json_body: int = 64 * 1024 * 1024
+    max_image_bytes: int = 16 * 1024 * 1024
+    max_image_side: int = 4096
+    max_grpc_message: int = 20 * 1024 * 1024
+    max_body_bytes_in_flight: int = 256 * 1024 * 1024
+    max_prompt_bytes: int = 16 * 1024
+    max_job_age: float = 24 * 3600.0
+
+    # Retention
+    input_retention: float = 0.0
+    result_retention: float = 24 * 3600.0
+    job_retention: float = 7 * 24 * 3600.0
+    idempotency_retention: float = 24 * 3600.0
+
+    # Worker
+    engine: str = "auto"
+    model: str = BUNDLED_MODEL
+    device: str = "auto"
+    concurrency: int = 1
+    fake_step_seconds: float = 0.0
+    lease: float = 6.0
+    beat: float = 2.0
+    attempts: int = 3
+    attempt_timeout: float = 600.0
+    retry_delay: float = 1.0
+    priority_seconds: float = 30.0
+    progress_interval: float = 0.1
+
+    # Watching
+    log_level: str = "info"
+    log_format: str = "auto"
+    log_prompts: bool = False
+
+    @property
+    def request_limits(self) -> RequestLimits:
+        return RequestLimits(
+            prompt_bytes=self.max_prompt_bytes,
+            pictures=PictureLimits(file_bytes=self.max_image_bytes, side=self.max_image_side),
+            max_deadline=self.max_job_age,
+        )
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ, **overrides: Any) -> "Settings":
+        """Read the variables; ``overrides`` that are not None win over them.
+
+        Raises:
+            ConfigurationError: an unknown variable or a value of the wrong form, named with its remedy.
+        """
+        known = {field.name for field in msgspec.structs.fields(cls)}
+        given: dict[str, Any] = {}
+        for variable, value in environment.items():
+            if not variable.startswith(PREFIX):
+                continue
+            name = variable.removeprefix(PREFIX).lower()
+            if name not in known:
+                raise ConfigurationError(f"{variable} is not a setting: see docs/settings.md, or unset it")
+            given[name] = value
+        given |= {name: value for name, value in overrides.items() if value is not None}
+        try:
+            settings = msgspec.convert(given, cls, strict=False, dec_hook=_decode)
+        except msgspec.ValidationError as exc:
+            reason, _, path = str(exc).partition(" - at `$.")
+            raise ConfigurationError(f"{PREFIX}{path.rstrip('`').upper()}: {reason}") from exc
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Refuse values that contradict each other.
+
+        Raises:
+            ConfigurationError: says which and how to mend it.
+        """
+        if self.lease < 2 * self.beat:
+            raise ConfigurationError("IMG2IMG_LEASE must be at least twice IMG2IMG_BEAT")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigurationError("IMG2IMG_TLS_CERT and IMG2IMG_TLS_KEY go together: set both or none")
+        if self.job_retention < self.result_retention:
+            raise ConfigurationError("IMG2IMG_JOB_RETENTION must be at least IMG2IMG_RESULT_RETENTION")
+        if self.engine not in ("auto", "diffusion", "fake"):
+            raise ConfigurationError(f"IMG2IMG_ENGINE must be auto, diffusion or fake, not {self.engine!r}")
+
+
+def _decode(kind: type, value: object) -> object:
+    if kind is Path:
+        return Path(str(value))
+    raise TypeError(kind)
