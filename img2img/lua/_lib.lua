@@ -1,0 +1,148 @@
+-- What every script shares; put in front of each when it is loaded. Keys: docs/queue.md.
+-- KEYS[1] is the shard's prefix "img2img:{<shard>}:", ARGV[1] the queue's name. Every key lies in that slot.
+-- Only the server's clock counts: TIME is read here, never sent by a client.
+
+local P, QUEUE = KEYS[1], ARGV[1]
+local READY, DELAYED, LEASES = P .. 'ready:' .. QUEUE, P .. 'delayed:' .. QUEUE, P .. 'leases:' .. QUEUE
+local WAKE, ALIVE = P .. 'wake:' .. QUEUE, 'arq:queue:' .. string.match(P, '{.-}') .. ':' .. QUEUE
+local EXPIRY, ABANDON = P .. 'expiry:' .. QUEUE, P .. 'abandon:' .. QUEUE
+local WORKERS, WORKER_INFO = P .. 'workers:' .. QUEUE, P .. 'worker-info:' .. QUEUE
+local WAKE_CAP = 512
+
+local TIME = redis.call('TIME')
+local NOW = TIME[1] * 1000 + math.floor(TIME[2] / 1000)
+
+local function int(number) return string.format('%.0f', number) end
+
+local function job_key(id) return P .. 'job:' .. id end
+
+-- arq's id of a job carries the hash tag, so that arq's own keys fall into the same slot.
+local function arq_id(id) return (string.gsub(id, '^(%d+)', '{%1}')) end
+
+local function field(id, name) return redis.call('HGET', job_key(id), name) end
+
+local function emit(id, kind, data)
+  local seq = redis.call('HINCRBY', job_key(id), 'seq', 1)
+  redis.call('XADD', P .. 'events:' .. id, seq .. '-0', 'type', kind, 'at', int(NOW), 'data', data)
+  redis.call('PUBLISH', P .. 'bell:' .. id, seq)
+end
+
+local function wake()
+  redis.call('RPUSH', WAKE, '1')
+  redis.call('LTRIM', WAKE, -WAKE_CAP, -1)
+end
+
+local function error_outcome(state, code, message)
+  return cjson.encode({ state = state, error = { code = code, message = message } })
+end
+
+-- The only way into a terminal state: record, terminal event, arq's result and every index in one go.
+local function finalize(id, state, outcome)
+  local key, arq = job_key(id), arq_id(id)
+  local job = redis.call('HMGET', key, 'keep', 'attempt', 'created', 'started')
+  local keep = tonumber(job[1])
+  redis.call('HSET', key, 'state', state, 'finished', int(NOW), 'outcome', outcome)
+  local result = cjson.encode({
+    t = tonumber(job[2]), f = 'generate', a = { id }, k = {}, et = tonumber(job[3]),
+    s = state == 'succeeded', r = outcome, st = tonumber(job[4] or NOW), ft = NOW, q = ALIVE, id = arq,
+  })
+  redis.call('SET', 'arq:result:' .. arq, result, 'PX', int(keep))
+  redis.call('DEL', 'arq:job:' .. arq, 'arq:in-progress:' .. arq, 'arq:retry:' .. arq, P .. 'waiters:' .. id)
+  redis.call('ZREM', ALIVE, arq)
+  for _, index in ipairs({ READY, DELAYED, LEASES, EXPIRY, ABANDON }) do redis.call('ZREM', index, id) end
+  emit(id, state, outcome)
+  redis.call('PEXPIRE', key, int(keep))
+  redis.call('PEXPIRE', P .. 'events:' .. id, int(keep))
+end
+
+-- Back into the queue, at its old place; `delay` in milliseconds.
+local function requeue(id, delay, data)
+  local key, arq = job_key(id), arq_id(id)
+  redis.call('HSET', key, 'state', 'queued')
+  redis.call('HDEL', key, 'worker', 'running', 'fence')
+  redis.call('ZREM', LEASES, id)
+  redis.call('DEL', 'arq:in-progress:' .. arq)
+  redis.call('ZADD', EXPIRY, field(id, 'expires'), id)
+  if delay > 0 then
+    redis.call('ZADD', DELAYED, int(NOW + delay), id)
+  else
+    redis.call('ZADD', READY, field(id, 'score'), id)
+  end
+  emit(id, 'queued', data)
+  wake()
+end
+
+-- A failed or crashed attempt: another one, unless all are spent, it was told to stop, or its time is over.
+local function retry_or_end(id, delay, code, message)
+  local job = redis.call('HMGET', job_key(id), 'stop', 'expires', 'attempts')
+  local spent = redis.call('HINCRBY', job_key(id), 'spent', 1)
+  redis.call('HDEL', job_key(id), 'fence')
+  if job[1] then
+    finalize(id, 'canceled', error_outcome('canceled', 'canceled', 'Canceled: ' .. job[1]))
+  elseif NOW >= tonumber(job[2]) then
+    finalize(id, 'expired', error_outcome('expired', 'expired', 'The deadline passed before the job was done'))
+  elseif spent >= tonumber(job[3]) then
+    finalize(id, 'failed', error_outcome('failed', code, message))
+  else
+    requeue(id, delay, cjson.encode({ error = { code = code, message = message } }))
+  end
+end
+
+local function request_stop(id, reason)
+  local job = redis.call('HMGET', job_key(id), 'state', 'worker')
+  if job[1] == 'queued' then
+    redis.call('HSET', job_key(id), 'stop', reason)
+    finalize(id, 'canceled', error_outcome('canceled', 'canceled', 'Canceled: ' .. reason))
+    return 'canceled'
+  elseif job[1] == 'running' then
+    redis.call('HSETNX', job_key(id), 'stop', reason)
+    redis.call('RPUSH', P .. 'control:' .. job[2], id)
+    redis.call('PEXPIRE', P .. 'control:' .. job[2], 60000)
+  end
+  return job[1]
+end
+
+-- Bounded upkeep on behalf of everybody; each caller does a little, so nothing depends on one process.
+local function sweep()
+  local lost = redis.call('ZRANGEBYSCORE', LEASES, '-inf', int(NOW), 'LIMIT', 0, 20)
+  for _, id in ipairs(lost) do
+    retry_or_end(id, 0, 'worker_lost', 'The worker died or lost its connection in mid-job')
+  end
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', DELAYED, '-inf', int(NOW), 'LIMIT', 0, 100)) do
+    redis.call('ZREM', DELAYED, id)
+    redis.call('ZADD', READY, field(id, 'score'), id)
+    wake()
+  end
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRY, '-inf', int(NOW), 'LIMIT', 0, 50)) do
+    finalize(id, 'expired', error_outcome('expired', 'expired', 'The deadline passed before the job could start'))
+  end
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', ABANDON, '-inf', int(NOW), 'LIMIT', 0, 50)) do
+    redis.call('ZREM', ABANDON, id)
+    request_stop(id, 'disconnect')
+  end
+  for _, worker in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, '-inf', int(NOW), 'LIMIT', 0, 20)) do
+    redis.call('ZREM', WORKERS, worker)
+    redis.call('HDEL', WORKER_INFO, worker)
+  end
+end
+
+-- Milliseconds until upkeep has something to do again, or -1.
+local function next_due()
+  local due = -1
+  for _, index in ipairs({ DELAYED, LEASES, EXPIRY, ABANDON }) do
+    local first = redis.call('ZRANGE', index, 0, 0, 'WITHSCORES')
+    if first[2] then
+      local wait = math.max(0, tonumber(first[2]) - NOW)
+      if due < 0 or wait < due then due = wait end
+    end
+  end
+  return due
+end
+
+-- Registers interest in a job that ends when nobody waits for it any more.
+local function wait_for(id, waiter, ttl, grace)
+  local waiters = P .. 'waiters:' .. id
+  redis.call('ZADD', waiters, int(NOW + ttl), waiter)
+  redis.call('PEXPIRE', waiters, int(ttl + grace + 60000))
+  redis.call('ZADD', ABANDON, 'GT', int(NOW + ttl + grace), id)
+end

@@ -1,0 +1,8 @@
+-- Ends a running job, if the caller still holds it. Running it twice answers the same.
+-- ARGV: queue, id, fence, state, outcome (JSON)
+-- Returns 1, or 0 when the claim was lost
+local id, fence, state, outcome = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local job = redis.call('HMGET', job_key(id), 'fence', 'state')
+if job[1] ~= fence then return 0 end
+if job[2] == 'running' then finalize(id, state, outcome) end
+return 1
