@@ -1,0 +1,137 @@
+"""An engine without a model: deterministic pictures at any speed, for tests and load.
+
+Words in the prompt make it misbehave:
+
+    fake:fail       fail every attempt (EngineFailed)
+    fake:fail=N     fail the first N attempts at this prompt and seed, then work
+    fake:refuse     refuse the task (ModelRefused)
+    fake:step=0.2   take that many seconds a step
+    fake:block=3    hold up the event loop for that many seconds, as only a broken engine does
+"""
+
+import asyncio
+import hashlib
+import re
+import threading
+from collections import Counter
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Final, Self
+
+import msgspec
+from PIL import Image as PillowImage
+
+from img2img.errors import EngineFailed, ModelRefused
+from img2img.jobs import Stage
+from worker.engines.base import EngineInfo, Image, Output, Pictures, Progress, Task
+
+INFO: Final = EngineInfo("fake", "fake", "cpu", (256, 256))
+DIRECTIVE: Final = re.compile(r"fake:(fail|refuse|step|block)(?:=(\d+(?:\.\d+)?))?")
+PATTERN_SIDE: Final = 8
+STAMP_PIXELS: Final = 11
+
+
+class FakeEngine:
+    """Draws a pattern that every field of the task and every input pixel changes.
+
+    ``step_seconds`` is the time a step takes; a ``fake:step=`` in the prompt wins over it.
+    """
+
+    def __init__(self, step_seconds: float = 0.0) -> None:
+        self._step_seconds = step_seconds
+        self._failures: Counter[tuple[str, int]] = Counter()
+
+    @property
+    def info(self) -> EngineInfo:
+        return INFO
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close."""
+
+    async def generate(self, task: Task, pictures: Pictures) -> AsyncGenerator[Output]:
+        """Yield what a diffusion engine yields for ``task``; see ``Engine.generate``."""
+        directives = {match[1]: match[2] for match in DIRECTIVE.finditer(task.prompt)}
+        if "refuse" in directives:
+            raise ModelRefused("The fake engine was told to refuse: take 'fake:refuse' out of the prompt")
+        yield Progress(Stage.ENCODE_TEXT)
+        if pictures.image is not None:
+            yield Progress(Stage.ENCODE_IMAGE)
+        steps = _steps(task, pictures)
+        seconds = float(directives.get("step") or self._step_seconds)
+        yield Progress(Stage.STEPS, 0, steps)
+        for step in range(1, steps + 1):
+            await asyncio.sleep(seconds)
+            if step == 1:
+                self._misbehave(directives, task)
+            yield Progress(Stage.STEPS, step, steps)
+        yield Progress(Stage.DECODE_IMAGE)
+        yield Image(await asyncio.to_thread(draw, task, pictures))
+
+    def _misbehave(self, directives: dict[str, str | None], task: Task) -> None:
+        if "block" in directives:
+            threading.Event().wait(float(directives["block"] or 1))
+        if "fail" not in directives:
+            return
+        attempt = (task.prompt, task.seed)
+        limit = directives["fail"]
+        if limit is None or self._failures[attempt] < float(limit):
+            self._failures[attempt] += 1
+            raise EngineFailed("The fake engine was told to fail: take 'fake:fail' out of the prompt")
+
+
+def draw(task: Task, pictures: Pictures) -> PillowImage.Image:
+    """A coloured pattern of the task's size, mixed with the input picture by ``strength``.
+
+    The mean distance to the input grows in proportion to ``strength``, and pixels outside the mask are the
+    input's.
+    """
+    size = (task.width, task.height)
+    pixels = _digest(pictures)
+    pattern = _pattern(msgspec.structs.replace(task, strength=0.0), pixels).resize(size)
+    if pictures.image is None:
+        return _stamp(pattern, task, pixels)
+    picture = pictures.image.resize(size)
+    changed = _stamp(PillowImage.blend(picture, pattern, task.strength), task, pixels)
+    if pictures.mask is None:
+        return changed
+    mask = pictures.mask.resize(size, PillowImage.Resampling.NEAREST)
+    return PillowImage.composite(changed, picture, mask.point([0] * 128 + [255] * 128))
+
+
+def _steps(task: Task, pictures: Pictures) -> int:
+    """As many steps as image-to-image takes: the last ``num_steps * strength``, at least one."""
+    if pictures.image is None:
+        return task.num_steps
+    return max(1, min(int(task.num_steps * task.strength), task.num_steps))
+
+
+def _pattern(task: Task, pixels: bytes) -> PillowImage.Image:
+    colours = _bytes(task, pixels, 3 * PATTERN_SIDE**2)
+    return PillowImage.frombytes("RGB", (PATTERN_SIDE, PATTERN_SIDE), colours)
+
+
+def _stamp(picture: PillowImage.Image, task: Task, pixels: bytes) -> PillowImage.Image:
+    """Write a digest of everything into the first pixels: a change too small to see still shows."""
+    digest = _bytes(task, pixels, 3 * STAMP_PIXELS)
+    picture.paste(PillowImage.frombytes("RGB", (STAMP_PIXELS, 1), digest), (0, 0))
+    return picture
+
+
+def _bytes(task: Task, pixels: bytes, count: int) -> bytes:
+    """``count`` bytes that look random and depend on every field of the task and on ``pixels``."""
+    return hashlib.shake_128(msgspec.json.encode(task) + pixels).digest(count)
+
+
+def _digest(pictures: Pictures) -> bytes:
+    """SHA-256 of the size and pixels of each input picture."""
+    digest = hashlib.sha256()
+    for picture in (pictures.image, pictures.mask):
+        digest.update(repr(picture and picture.size).encode())
+        if picture is not None:
+            digest.update(picture.tobytes())
+    return digest.digest()
