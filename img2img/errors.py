@@ -25,6 +25,8 @@
     └── JobError                    why a job ended without a picture
         ├── EngineFailed            engine_failed         worth another attempt
         ├── ModelRefused            model_refused         the same input fails again
+        ├── InputGone               input_gone            its input was deleted before it ran
+        ├── AttemptTimeout          attempt_timeout       one attempt took longer than allowed
         ├── WorkerLost              worker_lost           every attempt's worker died
         ├── JobCanceled             canceled
         └── JobExpired              expired               its deadline passed
@@ -167,6 +169,14 @@ class EngineFailed(JobError):
 
 class ModelRefused(JobError):
     code = "model_refused"
+
+
+class InputGone(JobError):
+    code = "input_gone"
+
+
+class AttemptTimeout(JobError):
+    code = "attempt_timeout"
 
 
 class WorkerLost(JobError):

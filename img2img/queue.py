@@ -66,6 +66,7 @@ class Claim(msgspec.Struct, frozen=True):
     spec: JobSpec
     created_at: int
     expires_at: int
+    claimed_at: int
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
@@ -143,6 +144,7 @@ class JobQueue:
             "boost": milliseconds(spec.options.priority * self._priority_seconds),
             "attempts": self._attempts,
             "reject_if_busy": spec.options.reject_if_busy,
+            "inputs": spec.inputs,
             "join": join,
             "waiter": waiter,
         }
@@ -211,6 +213,16 @@ class JobQueue:
             if answer != b"ok"
         }
 
+    async def sign_off(self, worker: str) -> None:
+        """Forget a worker that holds nothing, and ring once for the token that it may have taken."""
+        with translated():
+            async with self.redis.pipeline(transaction=False) as pipe:
+                pipe.zrem(f"{self.prefix}workers:{self.name}", worker)
+                pipe.hdel(f"{self.prefix}worker-info:{self.name}", worker)
+                pipe.delete(self.control_key(worker))
+                pipe.rpush(self.wake_key, "1")
+                await pipe.execute()
+
     async def report(self, claim: Claim, running: Running) -> StopReason | None:
         """Record progress; answers with the reason if the job should stop."""
         answer = await self._run("report", claim.id, claim.fence, msgspec.json.encode(running))
@@ -256,10 +268,10 @@ class JobQueue:
         """A waiter goes; the last one starts the grace period."""
         await self._run("leave", job_id, waiter.id, waiter.grace)
 
-    async def sweep(self) -> float | None:
-        """End what is overdue; answers in how many seconds there is more to do."""
-        due = await self._run("sweep")
-        return None if due < 0 else due / 1000
+    async def sweep(self) -> tuple[list[str], float | None]:
+        """End what is overdue; answers which input blobs may go, and in how many seconds there is more to do."""
+        due, *discarded = await self._run("sweep")
+        return [key.decode() for key in discarded], None if due < 0 else due / 1000
 
     async def stats(self) -> QueueStats:
         """How much waits and runs, and which workers are alive."""
@@ -293,9 +305,9 @@ def _stop_reason(answer: bytes) -> StopReason:
 
 
 def _claim(raw: Sequence[Any]) -> Claim:
-    job_id, fence, attempt, spec, created, expires = raw
+    job_id, fence, attempt, spec, created, expires, now = raw
     decoded = msgspec.json.decode(spec, type=JobSpec)
-    return Claim(job_id.decode(), fence, attempt, decoded, int(created), int(expires))
+    return Claim(job_id.decode(), fence, attempt, decoded, int(created), int(expires), now)
 
 
 def _job(fields: Sequence[bytes | None], rank: int | None) -> Job:

@@ -7,6 +7,7 @@ local READY, DELAYED, LEASES = P .. 'ready:' .. QUEUE, P .. 'delayed:' .. QUEUE,
 local WAKE, ALIVE = P .. 'wake:' .. QUEUE, 'arq:queue:' .. string.match(P, '{.-}') .. ':' .. QUEUE
 local EXPIRY, ABANDON = P .. 'expiry:' .. QUEUE, P .. 'abandon:' .. QUEUE
 local WORKERS, WORKER_INFO = P .. 'workers:' .. QUEUE, P .. 'worker-info:' .. QUEUE
+local DISCARD = P .. 'discard'
 local WAKE_CAP = 512
 
 local TIME = redis.call('TIME')
@@ -39,7 +40,7 @@ end
 -- The only way into a terminal state: record, terminal event, arq's result and every index in one go.
 local function finalize(id, state, outcome)
   local key, arq = job_key(id), arq_id(id)
-  local job = redis.call('HMGET', key, 'keep', 'attempt', 'created', 'started')
+  local job = redis.call('HMGET', key, 'keep', 'attempt', 'created', 'started', 'inputs')
   local keep = tonumber(job[1])
   redis.call('HSET', key, 'state', state, 'finished', int(NOW), 'outcome', outcome)
   local result = cjson.encode({
@@ -53,6 +54,7 @@ local function finalize(id, state, outcome)
   emit(id, state, outcome)
   redis.call('PEXPIRE', key, int(keep))
   redis.call('PEXPIRE', P .. 'events:' .. id, int(keep))
+  if job[5] then redis.call('RPUSH', DISCARD, job[5]) end
 end
 
 -- Back into the queue, at its old place; `delay` in milliseconds.
@@ -96,7 +98,7 @@ local function request_stop(id, reason)
     return 'canceled'
   elseif job[1] == 'running' then
     redis.call('HSETNX', job_key(id), 'stop', reason)
-    redis.call('RPUSH', P .. 'control:' .. job[2], id)
+    redis.call('RPUSH', P .. 'control:' .. job[2], id .. ' ' .. reason)
     redis.call('PEXPIRE', P .. 'control:' .. job[2], 60000)
   end
   return job[1]

@@ -1,6 +1,6 @@
 -- Hands up to `count` jobs to a worker, each under a lease and a fence of its own.
 -- ARGV: queue, worker, count, lease ms
--- Returns {ms until upkeep is due or -1, {id, fence, attempt, spec, created, expires}, …}
+-- Returns {ms until upkeep is due or -1, {id, fence, attempt, spec, created, expires, now}, …}
 local worker, count, lease = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 sweep()
 local claims = {}
@@ -19,7 +19,7 @@ while #claims < count do
     redis.call('ZADD', LEASES, int(NOW + lease), id)
     redis.call('SET', 'arq:in-progress:' .. arq_id(id), worker, 'PX', int(lease))
     emit(id, 'running', cjson.encode({ attempt = attempt, worker = worker }))
-    claims[#claims + 1] = { id, fence, attempt, job[2], job[3], job[1] }
+    claims[#claims + 1] = { id, fence, attempt, job[2], job[3], job[1], NOW }
   end
 end
 return { next_due(), unpack(claims) }

@@ -1,7 +1,7 @@
 -- Accepts a job, or answers with the one that this request joins. Running it twice changes nothing.
 -- ARGV: queue, spec (JSON, stored as it is), order (JSON):
 --   id, account, fingerprint, lifetime, keep, boost, attempts, reject_if_busy,
---   join: null | {key, mode = "idempotency" | "first" | "retry", ttl}, waiter: null | {id, ttl, grace}
+--   inputs: null | blob key, join: null | {key, mode = "idempotency" | "first" | "retry", ttl}, waiter: null | {id, ttl, grace}
 --   (times in ms)
 -- Returns {'created'} | {'joined', id} | {'conflict'} | {'busy'}
 local spec, order = ARGV[2], cjson.decode(ARGV[3])
@@ -47,6 +47,7 @@ local ttl = int(order.lifetime + order.keep)
 local score, expires = int(NOW - order.boost), int(NOW + order.lifetime)
 redis.call('HSET', key, 'spec', spec, 'account', order.account, 'state', 'queued', 'created', int(NOW),
   'expires', expires, 'score', score, 'keep', int(order.keep), 'attempts', order.attempts, 'attempt', 0)
+if order.inputs ~= cjson.null then redis.call('HSET', key, 'inputs', order.inputs) end
 redis.call('PEXPIRE', key, ttl)
 local payload = cjson.encode({ t = cjson.null, f = 'generate', a = { id }, k = {}, et = NOW })
 redis.call('SET', 'arq:job:' .. arq, payload, 'PX', ttl)

@@ -1,0 +1,1 @@
+"""The gateway: REST and gRPC front ends over one job service."""

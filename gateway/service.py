@@ -1,0 +1,272 @@
+"""The job service: all that a front end may ask. Accounts are checked here, so that no front end can forget.
+
+Every method raises ``Unavailable`` when the queue server or the blob store cannot be reached.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import msgspec
+import uuid_utils
+
+from img2img import telemetry
+from img2img.blobs import BlobStore
+from img2img.errors import Img2ImgError, ResultGone, ResultNotReady, WaitTimeout
+from img2img.events import EventHub
+from img2img.jobs import Job, JobEvent, JobSpec, JobState, Outcome, Result, StopReason
+from img2img.queue import Join, JobQueue, Lifetime, Page, QueueStats, Submitted, Waiter
+from img2img.requests import CheckedRequest, build_request, draw_seed
+from img2img.server import milliseconds
+from img2img.settings import Settings
+from img2img.wiring import Parts
+
+THREAD_ABOVE: Final = 64 * 1024
+"""Requests with more picture bytes than this are checked and hashed in a thread."""
+KEEP_ALIVE: Final = 15.0
+WAITER_TTL: Final = 9.0
+INPUT_MARGIN: Final = 3600.0
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What a front end hands over: decoded but unchecked ``body`` and ``options``, and who asks.
+
+    ``deadline`` is the caller's own, in seconds from now; ``idempotency_key`` is the caller's text;
+    ``retry`` is how a synchronous call without such a key finds its first try: None never, False leaves a
+    trace for a later retry, True follows it.
+    """
+
+    front_end: str
+    account: str
+    body: object
+    options: object = None
+    deadline: float | None = None
+    idempotency_key: str | None = None
+    retry: bool | None = None
+
+
+class Picture(msgspec.Struct, frozen=True):
+    """A finished picture: the encoded file and what is known of it."""
+
+    job_id: str
+    data: bytes
+    result: Result
+
+
+class JobService:
+    """One per gateway process."""
+
+    def __init__(self, parts: Parts, hub: EventHub) -> None:
+        self._settings: Settings = parts.settings
+        self._queue: JobQueue = parts.queue
+        self._blobs: BlobStore = parts.blobs
+        self._hub = hub
+
+    async def create(self, order: Order, waiter: Waiter | None = None) -> Submitted:
+        """Check, store and queue a request, or join the job that it repeats.
+
+        Raises:
+            InvalidRequest: names the field.
+            IdempotencyConflict, NoCapacity: see :meth:`JobQueue.submit`.
+        """
+        try:
+            checked = await self._check(order)
+            submitted = await self._submit(order, checked, waiter)
+        except Img2ImgError as exc:
+            telemetry.JOBS_REJECTED.labels(exc.code).inc()
+            raise
+        if submitted.created:
+            telemetry.JOBS_SUBMITTED.labels(order.front_end).inc()
+        return submitted
+
+    async def generate(self, order: Order, *, timeout: float, grace: float) -> tuple[str, Outcome]:
+        """Create a job and wait for its end. Leaving early ends the job after ``grace`` seconds.
+
+        Raises:
+            WaitTimeout: not done within ``timeout`` seconds; the job lives on for the grace period.
+        """
+        async with self._waiter(grace) as (waiter, attended):
+            submitted = await self.create(order, waiter)
+            attended.append(submitted.id)
+            async with self._hub.follow(submitted.id) as follower:
+                deadline = asyncio.get_running_loop().time() + timeout
+                while (left := deadline - asyncio.get_running_loop().time()) > 0:
+                    for event in await follower.next(left):
+                        if event.is_terminal:
+                            return submitted.id, msgspec.convert(event.data, Outcome)
+        raise WaitTimeout(
+            f"The job did not finish within {timeout:g} s: send the same request again to go on waiting for it"
+        )
+
+    async def get(self, account: str, job_id: str, wait: float = 0.0) -> Job:
+        """The job; with ``wait``, as soon as it has ended, or as it stands after that many seconds.
+
+        Raises:
+            JobNotFound: there is none on this account.
+        """
+        job = await self._queue.get(job_id, account)
+        if job.is_terminal or wait <= 0:
+            return job
+        deadline = asyncio.get_running_loop().time() + min(wait, self._settings.max_wait)
+        async with self._hub.follow(job_id) as follower:
+            while (left := deadline - asyncio.get_running_loop().time()) > 0:
+                if any(event.is_terminal for event in await follower.next(left)):
+                    break
+        return await self._queue.get(job_id, account)
+
+    async def list_jobs(
+        self, account: str, *, state: JobState | None = None, cursor: str | None = None, limit: int = 20
+    ) -> Page:
+        """The account's jobs, newest first; ``cursor`` is the last page's ``next``."""
+        return await self._queue.list_jobs(account, state=state, cursor=cursor, limit=limit)
+
+    async def watch(self, account: str, job_id: str, after: int = 0) -> AsyncIterator[list[JobEvent]]:
+        """The job's events after sequence number ``after``, up to the terminal one; empty lists keep alive.
+
+        Raises:
+            JobNotFound: there is none on this account.
+        """
+        job = await self._queue.get(job_id, account)
+        async with self._hub.follow(job_id, after) as follower:
+            events = await follower.read()
+            while events or not job.is_terminal:
+                yield events
+                if events and events[-1].is_terminal:
+                    return
+                events = await follower.next(KEEP_ALIVE)
+
+    async def cancel(self, account: str, job_id: str) -> Job:
+        """Ask the job to stop, in any state, as often as wanted; answers with the job as it stands then.
+
+        Raises:
+            JobNotFound: there is none on this account.
+        """
+        await self._queue.get(job_id, account)
+        await self._queue.cancel(job_id, StopReason.USER)
+        return await self._queue.get(job_id, account)
+
+    async def result(self, account: str, job_id: str) -> Picture:
+        """The finished picture.
+
+        Raises:
+            JobNotFound: there is none on this account.
+            ResultNotReady: the job has not succeeded (yet).
+            ResultGone: its picture was deleted after the retention time.
+        """
+        job = await self._queue.get(job_id, account)
+        outcome = job.outcome
+        if outcome is None:
+            raise ResultNotReady(f"The job is {job.state}: wait for it with ?wait=60, or watch its events")
+        return await self.picture(job_id, outcome)
+
+    async def picture(self, job_id: str, outcome: Outcome) -> Picture:
+        """The picture of an outcome; raises as :meth:`result` does."""
+        result = outcome.result
+        if result is None:
+            reason = "" if outcome.error is None else f" ({outcome.error.message})"
+            raise ResultNotReady(f"The job {outcome.state} without a picture{reason}")
+        data = None
+        if time.time() * 1000 < result.expires_at:
+            data = await self._blobs.get(result.blob)
+        if data is None:
+            raise ResultGone("The picture was deleted after its retention time: send the request again")
+        return Picture(job_id, data, result)
+
+    async def stats(self) -> QueueStats:
+        """How much waits and runs, and which workers are alive."""
+        return await self._queue.stats()
+
+    async def _check(self, order: Order) -> CheckedRequest:
+        limits, body = self._settings.request_limits, order.body
+        size = 0
+        if isinstance(body, dict):
+            size = sum(len(body[name]) for name in ("image", "image_b64", "mask") if isinstance(body.get(name), bytes | str))
+        if size > THREAD_ABOVE:
+            return await asyncio.to_thread(build_request, body, order.options, limits)
+        return build_request(body, order.options, limits)
+
+    async def _submit(self, order: Order, checked: CheckedRequest, waiter: Waiter | None) -> Submitted:
+        lifetime = self._lifetime(order, checked)
+        job_id = self._queue.new_id()
+        with telemetry.send_span(self._queue.name, job_id) as trace:
+            inputs = await self._store_inputs(job_id, checked, lifetime)
+            seed = checked.request.seed
+            spec = JobSpec(
+                id=job_id,
+                account=order.account,
+                parameters=checked.parameters,
+                options=checked.options,
+                seed=draw_seed() if seed is None else seed,
+                fingerprint=await asyncio.to_thread(checked.fingerprint) if inputs else checked.fingerprint(),
+                warnings=checked.warnings,
+                inputs=inputs,
+                trace=trace,
+            )
+            join = self._join(order, spec.fingerprint)
+            try:
+                submitted = await self._queue.submit(spec, lifetime, join=join, waiter=waiter)
+            except Img2ImgError:
+                await self._drop(inputs)
+                raise
+            if not submitted.created:
+                await self._drop(inputs)
+            return submitted
+
+    def _lifetime(self, order: Order, checked: CheckedRequest) -> Lifetime:
+        limits = (self._settings.max_job_age, order.deadline, checked.options.deadline_seconds)
+        return Lifetime(min(limit for limit in limits if limit is not None), self._settings.job_retention)
+
+    def _join(self, order: Order, fingerprint: str) -> Join | None:
+        if order.idempotency_key is not None:
+            key = hashlib.sha256(order.idempotency_key.encode()).hexdigest()
+            ttl = milliseconds(self._settings.idempotency_retention)
+            return Join(f"key:{order.account}:{key}", "idempotency", ttl)
+        if order.retry is not None:
+            ttl = milliseconds(self._settings.sync_timeout + self._settings.retry_grace)
+            return Join(f"call:{order.account}:{fingerprint}", "retry" if order.retry else "first", ttl)
+        return None
+
+    async def _store_inputs(self, job_id: str, checked: CheckedRequest, lifetime: Lifetime) -> str | None:
+        if checked.inputs is None:
+            return None
+        key = f"input:{job_id}"
+        seconds = lifetime.seconds + self._settings.input_retention + INPUT_MARGIN
+        expires_at = int(time.time() * 1000) + milliseconds(seconds)
+        await self._blobs.put(key, msgspec.msgpack.encode(checked.inputs), expires_at)
+        return key
+
+    async def _drop(self, inputs: str | None) -> None:
+        if inputs is not None:
+            await self._blobs.delete(inputs)
+
+    @asynccontextmanager
+    async def _waiter(self, grace: float) -> AsyncIterator[tuple[Waiter, list[str]]]:
+        """A waiter that renews its interest in the jobs put on its list, and leaves them at the end."""
+        waiter = Waiter(uuid_utils.uuid7().hex, milliseconds(WAITER_TTL), milliseconds(grace))
+        attended: list[str] = []
+        renewal = asyncio.create_task(self._renew(waiter, attended), name=f"waiter-{waiter.id}")
+        try:
+            yield waiter, attended
+        finally:
+            renewal.cancel()
+            # Shielded: the caller is often gone already, and its job must not run for nobody.
+            await asyncio.shield(self._leave(waiter, attended))
+
+    async def _renew(self, waiter: Waiter, attended: list[str]) -> None:
+        while True:
+            await asyncio.sleep(WAITER_TTL / 3)
+            for job_id in attended:
+                try:
+                    await self._queue.wait_for(job_id, waiter)
+                except Img2ImgError:
+                    continue
+
+    async def _leave(self, waiter: Waiter, attended: list[str]) -> None:
+        for job_id in attended:
+            try:
+                await self._queue.leave(job_id, waiter)
+            except Img2ImgError:
+                continue

@@ -1,0 +1,42 @@
+"""Upkeep that no request does: ends what is overdue and deletes blobs that nobody needs any more."""
+
+import asyncio
+import time
+from typing import Final
+
+import structlog
+
+from img2img.blobs import BlobStore
+from img2img.errors import Unavailable
+from img2img.queue import JobQueue
+from img2img.server import milliseconds
+
+LONGEST_PAUSE: Final = 1.0
+SHORTEST_PAUSE: Final = 0.05
+
+log = structlog.get_logger(__name__)
+
+
+async def run_upkeep(queue: JobQueue, blobs: BlobStore, input_retention: float) -> None:
+    """Sweep for ever, at least once a second; every gateway may do it, each sweep is bounded and atomic."""
+    while True:
+        pause = LONGEST_PAUSE
+        try:
+            discarded, due = await queue.sweep()
+            for key in discarded:
+                await _discard(blobs, key, input_retention)
+            removed = await blobs.sweep()
+            if discarded or removed:
+                pause = SHORTEST_PAUSE
+            elif due is not None:
+                pause = min(max(due, SHORTEST_PAUSE), LONGEST_PAUSE)
+        except Unavailable as exc:
+            log.warning("upkeep_failed", error=str(exc))
+        await asyncio.sleep(pause)
+
+
+async def _discard(blobs: BlobStore, key: str, retention: float) -> None:
+    if retention <= 0:
+        await blobs.delete(key)
+    else:
+        await blobs.expire(key, int(time.time() * 1000) + milliseconds(retention))

@@ -1,0 +1,43 @@
+"""Settings to opened parts, in one async context manager; closed in reverse order."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
+
+import msgspec
+
+from img2img.blobs import BlobStore, open_blobs
+from img2img.queue import JobQueue
+from img2img.server import check_server, open_redis
+from img2img.settings import Settings
+
+LONGEST_BLOCK: Final = 5.0
+
+
+class Parts(msgspec.Struct, frozen=True):
+    """What gateway and worker share; open for as long as the context manager is."""
+
+    settings: Settings
+    queue: JobQueue
+    blobs: BlobStore
+
+
+@asynccontextmanager
+async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
+    """Open queue and blobs.
+
+    Raises:
+        ConfigurationError: a setting is wrong, or the server would drop keys.
+        Unavailable: the server or the blob store cannot be reached.
+    """
+    async with AsyncExitStack() as stack:
+        redis = await stack.enter_async_context(open_redis(settings.redis_url, block=LONGEST_BLOCK))
+        await check_server(redis)
+        queue = JobQueue(
+            redis,
+            settings.queue,
+            attempts=settings.attempts,
+            priority_seconds=settings.priority_seconds,
+        )
+        blobs = await stack.enter_async_context(open_blobs(settings.blobs, redis, queue.prefix))
+        yield Parts(settings, queue, blobs)

@@ -1,0 +1,318 @@
+"""One job from claim to decision: load, decode, generate, encode, store. It writes no terminal state itself.
+
+``JobRunner.run`` answers with a decision (the job's outcome, or its release for another attempt), which
+the claim's holder then writes in one fenced step.
+"""
+
+import asyncio
+import hashlib
+import random
+import time
+from contextlib import aclosing
+from typing import Final
+
+import msgspec
+import structlog
+from opentelemetry.trace import StatusCode
+
+from img2img import telemetry
+from img2img.blobs import BlobStore
+from img2img.errors import (
+    AttemptTimeout,
+    EngineFailed,
+    Img2ImgError,
+    InputGone,
+    InvalidRequest,
+    JobCanceled,
+    JobError,
+    JobExpired,
+    LeaseLost,
+    Unavailable,
+)
+from img2img.jobs import Failure, JobState, Outcome, Result, Running, Stage, StopReason
+from img2img.queue import Claim, JobQueue
+from img2img.requests import Inputs
+from img2img.server import milliseconds
+from img2img.settings import Settings
+from worker.engines.base import Engine, Image, Pictures, Progress, Task, Warning
+from worker.images import decode_inputs, encode_picture, resolve_size
+
+MAX_RETRY_DELAY: Final = 60.0
+
+log = structlog.get_logger(__name__)
+
+
+class Release(msgspec.Struct, frozen=True):
+    """The job goes back into the queue; ``spent`` counts the attempt, ``delay`` is in seconds."""
+
+    why: Failure
+    spent: bool
+    delay: float = 0.0
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """Somebody else holds the job now: nothing may be written."""
+
+
+Decision = Outcome | Release | Lost
+
+
+class Stop:
+    """Tells a running job to stop, once; later reasons change nothing."""
+
+    def __init__(self) -> None:
+        self.reason: StopReason | None = None
+        self._event = asyncio.Event()
+
+    def set(self, reason: StopReason) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self._event.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+
+class StageClock:
+    """Seconds per stage, without gaps: one stage ends where the next begins. Each is a span, too."""
+
+    def __init__(self, queued: float) -> None:
+        self.seconds: dict[Stage, float] = {Stage.QUEUED: max(0.0, queued)}
+        self._stage = Stage.LOAD
+        self._since = time.perf_counter()
+        self._span = telemetry.start_stage(Stage.LOAD)
+
+    def enter(self, stage: Stage) -> None:
+        if stage == self._stage:
+            return
+        self.close()
+        self._stage, self._span = stage, telemetry.start_stage(stage)
+
+    def close(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
+        self._since = now
+        self._span.end()
+
+    def observe(self) -> None:
+        for stage, seconds in self.seconds.items():
+            telemetry.STAGE_SECONDS.labels(stage.value).observe(seconds)
+
+
+class Attempt:
+    """What one attempt has gathered so far."""
+
+    def __init__(self, claim: Claim, executed_by: str) -> None:
+        self.claim = claim
+        self.clock = StageClock((claim.claimed_at - claim.created_at) / 1000)
+        self.running = Running(executed_by=executed_by)
+        self.warnings = list(claim.spec.warnings)
+
+    def outcome(self, state: JobState, error: Failure | None = None, result: Result | None = None) -> Outcome:
+        self.clock.close()
+        self.clock.observe()
+        return Outcome(
+            state=state,
+            result=result,
+            error=error,
+            timings={stage: round(seconds, 6) for stage, seconds in self.clock.seconds.items()},
+            warnings=tuple(self.warnings),
+        )
+
+
+class JobRunner:
+    """Runs claimed jobs on one engine, each in an attempt of its own."""
+
+    def __init__(
+        self, queue: JobQueue, blobs: BlobStore, engine: Engine, settings: Settings, worker: str
+    ) -> None:
+        self._queue = queue
+        self._blobs = blobs
+        self._engine = engine
+        self._settings = settings
+        self._executed_by = f"{engine.info.name}/{engine.info.model} on {worker}"
+
+    async def run(self, claim: Claim, stop: Stop) -> Decision:
+        """Make the picture, or say why not; never raises for what can go wrong with a job."""
+        with telemetry.process_span(self._queue.name, claim.spec, claim.attempt) as span:
+            attempt = Attempt(claim, self._executed_by)
+            try:
+                decision: Decision = await self._make_or_stop(attempt, stop)
+            except Img2ImgError as exc:
+                decision = self._decide(attempt, exc)
+            except Exception:
+                log.exception("attempt_failed", job=claim.id)
+                decision = self._decide(attempt, EngineFailed("The engine failed unexpectedly: see the worker's log"))
+            if isinstance(decision, Outcome) and decision.error is not None:
+                span.set_attribute("error.type", decision.error.code)
+                if decision.state == JobState.FAILED:
+                    span.set_status(StatusCode.ERROR, decision.error.code)
+            self._note(claim, decision)
+            return decision
+
+    async def _make_or_stop(self, attempt: Attempt, stop: Stop) -> Outcome:
+        """Make the picture, unless told to stop or out of time first.
+
+        Raises:
+            JobCanceled, JobExpired, AttemptTimeout, LeaseLost, Interrupted: why it stopped.
+        """
+        claim, allowed = attempt.claim, self._settings.attempt_timeout
+        to_deadline = (claim.expires_at - claim.claimed_at) / 1000
+        work = asyncio.create_task(self._make(attempt, stop), name=f"make-{claim.id}")
+        stopped = asyncio.create_task(stop.wait(), name=f"stop-{claim.id}")
+        try:
+            await asyncio.wait(
+                {work, stopped}, timeout=min(to_deadline, allowed), return_when=asyncio.FIRST_COMPLETED
+            )
+            if not work.done():
+                work.cancel()
+                await asyncio.wait({work})
+            if not work.cancelled():
+                return work.result()
+        finally:
+            stopped.cancel()
+            work.cancel()
+        if stop.reason is not None:
+            raise _interruption(stop.reason)
+        if to_deadline <= allowed:
+            raise _interruption(StopReason.DEADLINE)
+        raise AttemptTimeout(f"The attempt took longer than {allowed:g} s")
+
+    async def _make(self, attempt: Attempt, stop: Stop) -> Outcome:
+        spec, clock = attempt.claim.spec, attempt.clock
+        inputs = await self._load(spec.inputs)
+        clock.enter(Stage.DECODE)
+        limits = self._settings.request_limits.pictures
+        pictures = Pictures() if inputs is None else await asyncio.to_thread(decode_inputs, inputs, limits)
+        image = await self._generate(attempt, pictures, stop)
+        clock.enter(Stage.ENCODE)
+        options = spec.options
+        data = await asyncio.to_thread(
+            encode_picture, image.picture, options.output_format, options.output_quality
+        )
+        clock.enter(Stage.STORE)
+        result = await self._store(attempt.claim, image, data)
+        return attempt.outcome(JobState.SUCCEEDED, result=result)
+
+    async def _load(self, key: str | None) -> Inputs | None:
+        if key is None:
+            return None
+        data = await self._blobs.get(key)
+        if data is None:
+            raise InputGone("The job's input picture is no longer stored: send the request again")
+        return msgspec.msgpack.decode(data, type=Inputs)
+
+    async def _generate(self, attempt: Attempt, pictures: Pictures, stop: Stop) -> Image:
+        task = self._task(attempt.claim, pictures)
+        attempt.running = msgspec.structs.replace(attempt.running, width=task.width, height=task.height)
+        reported = 0.0
+        async with aclosing(self._engine.generate(task, pictures)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                match output:
+                    case Progress():
+                        attempt.clock.enter(output.stage)
+                        now = time.monotonic()
+                        if now - reported >= self._settings.progress_interval:
+                            reported = now
+                            await self._report(attempt, output, stop)
+                    case Warning():
+                        attempt.warnings.append(output.message)
+                    case Image():
+                        return output
+        raise EngineFailed("The engine ended without a picture")
+
+    def _task(self, claim: Claim, pictures: Pictures) -> Task:
+        asked, options = claim.spec.parameters, claim.spec.options
+        width, height = resolve_size(
+            asked.width, asked.height, self._engine.info.native_size, pictures.image
+        )
+        return Task(
+            prompt=asked.prompt,
+            negative_prompt=asked.negative_prompt or "",
+            width=width,
+            height=height,
+            num_steps=asked.num_steps,
+            strength=asked.strength,
+            guidance=asked.guidance,
+            seed=claim.spec.seed,
+            sampler=options.sampler,
+        )
+
+    async def _report(self, attempt: Attempt, progress: Progress, stop: Stop) -> None:
+        attempt.running = msgspec.structs.replace(
+            attempt.running, stage=progress.stage, step=progress.step, steps=progress.steps
+        )
+        try:
+            reason = await self._queue.report(attempt.claim, attempt.running)
+        except Unavailable:
+            # Progress is worth nothing later; the work goes on and the terminal write decides.
+            log.warning("report_skipped", job=attempt.claim.id)
+            return
+        if reason is not None:
+            stop.set(reason)
+
+    async def _store(self, claim: Claim, image: Image, data: bytes) -> Result:
+        key = f"result:{claim.id}.{claim.fence}"
+        expires_at = int(time.time() * 1000) + milliseconds(self._settings.result_retention)
+        await self._blobs.put(key, data, expires_at)
+        return Result(
+            blob=key,
+            media_type=claim.spec.options.output_format.media_type,
+            width=image.picture.width,
+            height=image.picture.height,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            expires_at=expires_at,
+        )
+
+    def _decide(self, attempt: Attempt, error: Img2ImgError) -> Decision:
+        failure = Failure(error.code, str(error))
+        match error:
+            case LeaseLost():
+                return Lost()
+            case JobCanceled():
+                return attempt.outcome(JobState.CANCELED, failure)
+            case JobExpired():
+                return attempt.outcome(JobState.EXPIRED, failure)
+            case Interrupted():
+                attempt.clock.close()
+                return Release(failure, spent=False)
+            case InvalidRequest() | JobError(retryable=False):
+                return attempt.outcome(JobState.FAILED, failure)
+            case _:
+                attempt.clock.close()
+                return Release(failure, spent=True, delay=self._retry_delay(attempt.claim.attempt))
+
+    def _retry_delay(self, attempt: int) -> float:
+        """Exponential back-off with full jitter, in seconds."""
+        ceiling = min(MAX_RETRY_DELAY, self._settings.retry_delay * 2 ** (attempt - 1))
+        return random.uniform(ceiling / 2, ceiling)  # noqa: S311 - no secret depends on it
+
+    def _note(self, claim: Claim, decision: Decision) -> None:
+        match decision:
+            case Outcome():
+                telemetry.JOBS_COMPLETED.labels(decision.state.value, self._engine.info.name).inc()
+                code = None if decision.error is None else decision.error.code
+                log.info("job_ended", job=claim.id, state=decision.state.value, code=code)
+            case Release():
+                log.info("job_released", job=claim.id, code=decision.why.code, spent=decision.spent)
+            case Lost():
+                log.warning("lease_lost", job=claim.id, fence=claim.fence)
+
+
+class Interrupted(JobError):
+    """The worker is shutting down; the job goes back without losing an attempt."""
+
+    code = "interrupted"
+
+
+def _interruption(reason: StopReason) -> Img2ImgError:
+    match reason:
+        case StopReason.USER | StopReason.DISCONNECT:
+            return JobCanceled(f"Canceled: {reason.value}")
+        case StopReason.DEADLINE:
+            return JobExpired("The deadline passed while the job was running")
+        case StopReason.SHUTDOWN:
+            return Interrupted("The worker is shutting down")
+        case StopReason.LEASE_LOST:
+            return LeaseLost("Another worker holds the job")
