@@ -7,6 +7,7 @@ everywhere, because no front end checks anything itself.
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import math
 import secrets
@@ -129,7 +130,9 @@ def draw_seed() -> int:
     return secrets.randbits(32)
 
 
-def build_request(body: object, options: object = None, limits: RequestLimits | None = None) -> CheckedRequest:
+def build_request(
+    body: object, options: object = None, limits: RequestLimits | None = None
+) -> CheckedRequest:
     """Check a decoded body and options; ``image`` and ``mask`` may be bytes or lists of integers.
 
     Raises:
@@ -228,19 +231,28 @@ def _parameters(request: Img2ImgRequest, image: PictureInfo | None, mask: Pictur
 
 
 def _picture_bytes(fields: Mapping[str, Any], name: str) -> bytes | None:
-    """The file's bytes from bytes or from a list of integers 0..255 (256, -1, "a" and 1.5 name their index)."""
     value = fields.get(name)
-    if not isinstance(value, list):
-        return value
-    try:
-        return bytes(value)
-    except (TypeError, ValueError):
-        pass
-    for index, item in enumerate(value):
-        whole = isinstance(item, int | float) and not isinstance(item, bool) and item == item // 1
-        if not whole or not 0 <= item <= 255:
-            raise InvalidRequest(name, f"'/{name}/{index}' must be an integer between 0 and 255")
-    return bytes(int(item) for item in value)
+    return integer_bytes(name, value) if isinstance(value, list) else value
+
+
+def integer_bytes(name: str, items: list[Any], first: int = 0) -> bytes:
+    """The bytes whose integers 0..255 are ``items`` (20.0 counts); ``first`` is the index of the first one.
+
+    Raises:
+        InvalidRequest: names the first item that is something else, such as 256, -1, "a", 1.5 or true.
+    """
+    if set(map(type, items)) <= {int, float}:
+        with contextlib.suppress(ValueError, OverflowError):
+            whole = bytes(map(int, items))
+            if list(whole) == items:
+                return whole
+    bad = next(index for index, item in enumerate(items, first) if not _is_byte(item))
+    raise InvalidRequest(name, f"'/{name}/{bad}' must be an integer between 0 and 255")
+
+
+def _is_byte(item: object) -> bool:
+    # type(), because True is an int to isinstance and no number in JSON.
+    return type(item) in (int, float) and 0 <= item <= 255 and item == int(item)  # type: ignore[call-overload,operator]
 
 
 def _decode_base64(text: str) -> bytes:
