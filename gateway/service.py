@@ -6,7 +6,7 @@ Every method raises ``Unavailable`` when the queue server or the blob store cann
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -14,8 +14,9 @@ import msgspec
 import uuid_utils
 
 from img2img import telemetry
+from img2img.batches import BatchStore
 from img2img.blobs import BlobStore
-from img2img.errors import Img2ImgError, ResultGone, ResultNotReady, WaitTimeout
+from img2img.errors import Img2ImgError, InvalidRequest, ResultGone, ResultNotReady, WaitTimeout
 from img2img.events import EventHub
 from img2img.jobs import Job, JobEvent, JobSpec, JobState, Outcome, Result, StopReason
 from img2img.queue import Join, JobQueue, Lifetime, Page, QueueStats, Submitted, Waiter
@@ -64,6 +65,13 @@ class JobService:
         self._queue: JobQueue = parts.queue
         self._blobs: BlobStore = parts.blobs
         self._hub = hub
+        self._batches = BatchStore(parts.queue)
+        self.draining = False
+
+    def drain(self) -> None:
+        """Let go of everybody who only watches; calls that create something are finished."""
+        self.draining = True
+        self._hub.ring_all()
 
     async def create(self, order: Order, waiter: Waiter | None = None) -> Submitted:
         """Check, store and queue a request, or join the job that it repeats.
@@ -112,7 +120,7 @@ class JobService:
             return job
         deadline = asyncio.get_running_loop().time() + min(wait, self._settings.max_wait)
         async with self._hub.follow(job_id) as follower:
-            while (left := deadline - asyncio.get_running_loop().time()) > 0:
+            while not self.draining and (left := deadline - asyncio.get_running_loop().time()) > 0:
                 if any(event.is_terminal for event in await follower.next(left)):
                     break
         return await self._queue.get(job_id, account)
@@ -126,6 +134,8 @@ class JobService:
     async def watch(self, account: str, job_id: str, after: int = 0) -> AsyncIterator[list[JobEvent]]:
         """The job's events after sequence number ``after``, up to the terminal one; empty lists keep alive.
 
+        Ends early when the process drains: the caller resumes elsewhere from the last number it saw.
+
         Raises:
             JobNotFound: there is none on this account.
         """
@@ -134,7 +144,7 @@ class JobService:
             events = await follower.read()
             while events or not job.is_terminal:
                 yield events
-                if events and events[-1].is_terminal:
+                if self.draining or (events and events[-1].is_terminal):
                     return
                 events = await follower.next(KEEP_ALIVE)
 
@@ -174,6 +184,37 @@ class JobService:
         if data is None:
             raise ResultGone("The picture was deleted after its retention time: send the request again")
         return Picture(job_id, data, result)
+
+    async def create_batch(self, account: str, orders: Sequence[Order], references: Sequence[object]) -> str:
+        """Queue every order, or none; answers with the batch's id.
+
+        Raises:
+            InvalidRequest: names the first request that is wrong, as ``/requests/<index>``.
+        """
+        checked = []
+        for index, order in enumerate(orders):
+            try:
+                checked.append(await self._check(order))
+            except InvalidRequest as exc:
+                raise type(exc)(f"requests/{index}/{exc.field}", f"request {index}: {exc.reason}") from exc
+        job_ids: list[str] = []
+        try:
+            for order, request in zip(orders, checked, strict=True):
+                job_ids.append((await self._submit(order, request, None)).id)
+            return await self._batches.put(account, job_ids, references, self._settings.job_retention)
+        except Img2ImgError:
+            for job_id in job_ids:
+                await self._queue.cancel(job_id, StopReason.DISCONNECT)
+            raise
+
+    async def get_batch(self, account: str, batch_id: str) -> tuple[list[Job], list[object]]:
+        """The batch's jobs in the order of its requests, and the references that came with them.
+
+        Raises:
+            JobNotFound: no such batch on this account.
+        """
+        job_ids, references = await self._batches.get(account, batch_id)
+        return [await self._queue.get(job_id, account) for job_id in job_ids], references
 
     async def stats(self) -> QueueStats:
         """How much waits and runs, and which workers are alive."""

@@ -12,6 +12,7 @@
     ├── NotFound                    not_found             no such route
     ├── JobNotFound                 job_not_found
     ├── ModelNotFound               model_not_found
+    │   └── ModelNameInvalid        model_name_invalid
     ├── IdempotencyConflict         idempotency_conflict  same key, another body
     ├── ResultNotReady              result_not_ready
     ├── ResultGone                  result_gone           past its retention
@@ -35,7 +36,10 @@ Third-party errors are translated at the edge that meets them, ``from exc``. Eac
 table from class to status, and a test walks this tree to prove the tables complete.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, TypeVar
+
+T = TypeVar("T")
 
 
 class Img2ImgError(Exception):
@@ -102,6 +106,10 @@ class JobNotFound(NotFound):
 
 class ModelNotFound(NotFound):
     code = "model_not_found"
+
+
+class ModelNameInvalid(ModelNotFound):
+    code = "model_name_invalid"
 
 
 class IdempotencyConflict(Img2ImgError):
@@ -189,3 +197,22 @@ class JobCanceled(JobError):
 
 class JobExpired(JobError):
     code = "expired"
+
+
+def most_specific(table: Mapping[type["Img2ImgError"], T], error: "Img2ImgError | type[Img2ImgError]") -> T:
+    """The entry of the error's class, or of its nearest base; a front end's table has one for the root."""
+    kind = error if isinstance(error, type) else type(error)
+    return next(table[base] for base in kind.__mro__ if base in table)
+
+
+def error_of(code: str, message: str) -> "Img2ImgError":
+    """The error that a job's recorded ``code`` stands for, for front ends that answer with it."""
+    kinds: list[type[Img2ImgError]] = [Img2ImgError]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    kind = next((kind for kind in kinds if kind.code == code), JobError)
+    if issubclass(kind, InvalidRequest):
+        return kind("", message)
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    return error

@@ -60,21 +60,17 @@ class Follower:
         return events
 
     async def next(self, timeout: float) -> list[JobEvent]:
-        """New events, waiting for up to ``timeout`` seconds; empty when there were none.
+        """Wait for a ring, up to ``timeout`` seconds, and read; may be empty, so callers loop.
 
         Raises:
             Unavailable: the server cannot be reached.
         """
-        deadline = asyncio.get_running_loop().time() + timeout
-        while (left := deadline - asyncio.get_running_loop().time()) > 0:
-            try:
-                async with asyncio.timeout(min(left, CATCH_UP_SECONDS)):
-                    await self._bell.wait()
-            except TimeoutError:
-                pass
-            if events := await self.read():
-                return events
-        return []
+        try:
+            async with asyncio.timeout(min(timeout, CATCH_UP_SECONDS)):
+                await self._bell.wait()
+        except TimeoutError:
+            pass
+        return await self.read()
 
 
 class EventHub:
@@ -123,6 +119,12 @@ class EventHub:
             if not followers and self._followers.get(channel) is followers:
                 del self._followers[channel]
                 await self._unsubscribe(channel)
+
+    def ring_all(self) -> None:
+        """Make every follower look up, as before a shutdown."""
+        for followers in self._followers.values():
+            for follower in followers:
+                follower.ring()
 
     async def _subscribe(self, channel: str) -> None:
         with translated():

@@ -141,3 +141,8 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_terminal(self) -> bool:
         return self.type in TERMINAL_STATES
+
+    @property
+    def state(self) -> JobState:
+        """The job's state after this event."""
+        return JobState.RUNNING if self.type == "progress" else JobState(self.type)

@@ -36,6 +36,7 @@ if redis.call('EXISTS', key) == 1 then return { 'created' } end
 local known = joinable()
 if known then
   if known[2] ~= order.fingerprint then return { 'conflict' } end
+  if join.mode == 'retry' then redis.call('PEXPIRE', P .. 'join:' .. join.key, int(join.ttl)) end
   if waiter and redis.call('ZSCORE', ABANDON, known[1]) then
     wait_for(known[1], waiter.id, waiter.ttl, waiter.grace)
   end

@@ -1,0 +1,129 @@
+"""The gateway process: REST and gRPC on one event loop, drained in order on SIGTERM."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import structlog
+import uvicorn
+import uvloop
+from litestar.types import ASGIApp
+from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+
+from gateway.rest.app import build_app
+from gateway.rpc.server import open_server
+from gateway.service import JobService
+from gateway.tenants import Tenants
+from gateway.upkeep import run_upkeep
+from img2img import telemetry
+from img2img.errors import ConfigurationError, Img2ImgError
+from img2img.events import EventHub
+from img2img.settings import Settings
+from img2img.wiring import open_parts
+
+UNTRACED = "health/live,health/ready,metrics"
+
+log = structlog.get_logger(__name__)
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: signals belong to :func:`serve`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def load_tenants(settings: Settings) -> Tenants:
+    """The accounts and their keys; without a file everybody on this machine is one account.
+
+    Raises:
+        ConfigurationError: no file although others could reach the service, or a broken file.
+    """
+    if settings.tenants_file is not None:
+        return Tenants.load(settings.tenants_file)
+    if not settings.is_loopback:
+        raise ConfigurationError(
+            f"Without keys the service listens on loopback only, not on {settings.host}: "
+            "set IMG2IMG_TENANTS_FILE (img2img keys new ACCOUNT), or IMG2IMG_HOST=127.0.0.1"
+        )
+    return Tenants.open_local()
+
+
+def bind_http(settings: Settings) -> socket.socket:
+    """The listening socket.
+
+    Raises:
+        ConfigurationError: the port is taken or the host is not ours.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
+    except OSError as exc:
+        raise ConfigurationError(
+            f"Cannot listen on {settings.host}:{settings.http_port} ({exc.strerror}): change IMG2IMG_HTTP_PORT"
+        ) from exc
+
+
+def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
+    traced = OpenTelemetryMiddleware(app, excluded_urls=UNTRACED, exclude_spans=["receive", "send"])
+    config = uvicorn.Config(
+        traced,  # type: ignore[arg-type]
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(settings.drain_timeout),
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
+    return HttpServer(config)
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Shutdown order: readiness off and watchers let go; no new connections on either port and the calls in
+    flight finished within the drain limit; upkeep; hub; queue and blobs.
+    """
+    tenants = load_tenants(settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with open_parts(settings) as parts, EventHub(parts.queue) as hub:
+        service = JobService(parts, hub)
+        http = http_server(build_app(service, tenants, settings), settings)
+        with bind_http(settings) as listener:
+            async with open_server(service, tenants, settings) as grpc_server, asyncio.TaskGroup() as group:
+                upkeep = group.create_task(
+                    run_upkeep(parts.queue, parts.blobs, settings.input_retention), name="upkeep"
+                )
+                serving = group.create_task(http.serve(sockets=[listener]), name="http")
+                grpc_server.set_serving(True)
+                log.info("gateway_ready", http_port=settings.http_port, grpc_port=grpc_server.port)
+                await stop.wait()
+                service.drain()
+                grpc_server.set_serving(False)
+                http.should_exit = True
+                await serving
+                upkeep.cancel()
+    log.info("gateway_stopped")
+
+
+def main() -> None:
+    """Read the settings and serve; a mistake in them is one line and exit code 2."""
+    try:
+        settings = Settings.from_environment()
+        telemetry.configure_logging(settings.log_level, settings.log_format)
+        with telemetry.tracing("img2img-gateway"):
+            uvloop.run(serve(settings))
+    except Img2ImgError as exc:
+        sys.stderr.write(f"img2img gateway: {exc}\n")
+        sys.exit(2 if isinstance(exc, ConfigurationError) else 1)

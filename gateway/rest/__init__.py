@@ -1,0 +1,1 @@
+"""The REST front ends: the native jobs API and Cloudflare's dialect, over one service."""

@@ -1,0 +1,48 @@
+"""The REST application: routes, shared state and the handlers of last resort."""
+
+import importlib.metadata
+
+from litestar import Litestar
+from litestar.datastructures import State
+from litestar.di import Provide
+from litestar.exceptions import HTTPException
+
+from gateway.rest import envelope, problems
+from gateway.rest.bodies import ByteBudget
+from gateway.rest.cloudflare import CloudflareController
+from gateway.rest.context import AnyRequest, Front
+from gateway.rest.native import JobsController
+from gateway.rest.openapi import openapi_config
+from gateway.rest.operations import live, metrics, ready
+from gateway.service import JobService
+from gateway.tenants import Tenants
+from img2img.errors import Img2ImgError
+from img2img.settings import Settings
+
+CLOUDFLARE_PREFIX = "/client/v4"
+
+
+def build_app(service: JobService, tenants: Tenants, settings: Settings) -> Litestar:
+    """One application per process; it opens and closes nothing."""
+    front = Front(service, tenants, settings, ByteBudget(settings.max_body_bytes_in_flight))
+    return Litestar(
+        route_handlers=[CloudflareController, JobsController, live, ready, metrics],
+        dependencies={"front": Provide(lambda: front, sync_to_thread=False, use_cache=True)},
+        exception_handlers={
+            Img2ImgError: problems.on_img2img_error,
+            HTTPException: _on_http_exception,
+            Exception: problems.on_unexpected,
+        },
+        openapi_config=openapi_config(importlib.metadata.version("img2img")),
+        # The routes bound bodies themselves, while they arrive, with errors in their own dialect.
+        request_max_body_size=None,
+        state=State(),
+        logging_config=None,
+    )
+
+
+def _on_http_exception(request: AnyRequest, error: HTTPException) -> object:
+    """Unknown routes have no controller: the path tells whose words to use."""
+    if request.url.path.startswith(CLOUDFLARE_PREFIX):
+        return envelope.on_http_exception(request, error)
+    return problems.on_http_exception(request, error)

@@ -1,0 +1,70 @@
+"""Cloudflare's batch form: submit ``{"requests": […]}`` with ``?queueRequest=true``, poll with its id."""
+
+import base64
+from typing import Any, Final
+
+from gateway.rest import catalog
+from gateway.rest.context import Front
+from gateway.rest.envelope import error_message
+from gateway.service import Order
+from img2img.errors import Img2ImgError, InvalidRequest, RequestTooLarge, error_of
+from img2img.jobs import Job, JobState
+
+MAX_REQUESTS: Final = 100
+REFERENCE: Final = "external_reference"
+
+
+def is_poll(body: object) -> bool:
+    """A body with a ``request_id`` and no prompt asks for a batch, with or without the query."""
+    return isinstance(body, dict) and isinstance(body.get("request_id"), str) and "prompt" not in body
+
+
+async def submit(front: Front, account: str, body: object) -> dict[str, Any]:
+    """Queue every request of the batch, or none.
+
+    Raises:
+        InvalidRequest: names the request, as ``/requests/3``, and its field.
+    """
+    requests = body.get("requests") if isinstance(body, dict) else None
+    if not isinstance(requests, list) or not requests:
+        raise InvalidRequest("requests", "'/requests' must be an array of at least one request")
+    if len(requests) > MAX_REQUESTS:
+        raise RequestTooLarge(f"A batch may have {MAX_REQUESTS} requests: split it")
+    orders = [
+        Order(front_end="cloudflare-batch", account=account, body=request) for request in requests
+    ]
+    references = [request.get(REFERENCE) if isinstance(request, dict) else None for request in requests]
+    batch_id = await front.service.create_batch(account, orders, references)
+    return {"status": "queued", "request_id": batch_id, "model": catalog.MODEL}
+
+
+async def poll(front: Front, account: str, body: Any, request_id: str) -> dict[str, Any]:
+    """The batch's state; with every picture and error once all its jobs have ended.
+
+    Raises:
+        JobNotFound: no such batch on this account.
+    """
+    batch_id = body["request_id"]
+    jobs, references = await front.service.get_batch(account, batch_id)
+    if not all(job.is_terminal for job in jobs):
+        started = any(job.state != JobState.QUEUED for job in jobs)
+        return {"status": "running" if started else "queued", "request_id": batch_id, "model": catalog.MODEL}
+    responses = [
+        await _response(front, index, job, reference, request_id)
+        for index, (job, reference) in enumerate(zip(jobs, references, strict=True))
+    ]
+    return {"responses": responses, "usage": {}}
+
+
+async def _response(
+    front: Front, index: int, job: Job, reference: Any, request_id: str
+) -> dict[str, Any]:
+    base = {"id": index, REFERENCE: reference}
+    assert job.outcome is not None  # noqa: S101 - a terminal job has one
+    try:
+        if job.outcome.error is not None:
+            raise error_of(job.outcome.error.code, job.outcome.error.message)
+        picture = await front.service.picture(job.id, job.outcome)
+    except Img2ImgError as exc:
+        return base | {"result": None, "success": False, "errors": [error_message(exc, request_id)]}
+    return base | {"result": {"image": base64.b64encode(picture.data).decode()}, "success": True}

@@ -1,0 +1,162 @@
+"""Cloudflare Workers AI's dialect under ``/client/v4``: the same requests, answers and errors.
+
+A synchronous call waits for its picture. One that cannot be answered in time gets 408/3007, one that disconnects
+is gone; in both cases the job lives on for a grace period in which the SDK's retry of the same body joins it.
+"""
+
+import asyncio
+import re
+from typing import Annotated, Any, Final
+
+from litestar import Controller, Response, get, post
+from litestar.exceptions import HTTPException
+from litestar.params import Parameter
+
+from gateway.rest import batch, catalog
+from gateway.rest.context import AnyRequest, Front, idempotency_key
+from gateway.rest.envelope import (
+    REQUEST_ID,
+    new_request_id,
+    on_http_exception,
+    on_img2img_error,
+    on_unexpected,
+    success,
+)
+from gateway.rest.native import picture_response
+from gateway.rest.openapi import RunModelOperation
+from gateway.service import Order
+from img2img.errors import ClientClosed, Img2ImgError, ModelNameInvalid, ModelNotFound, error_of
+from img2img.jobs import Outcome
+
+RETRY_HEADER: Final = "x-stainless-retry-count"
+MODEL_NAME: Final = re.compile(r"@[a-z]+/[\w.-]+/[\w.-]+")
+
+
+class CloudflareController(Controller):
+    path = "/client/v4/accounts/{account_id:str}/ai"
+    tags = ["cloudflare"]
+    exception_handlers = {
+        Img2ImgError: on_img2img_error,
+        HTTPException: on_http_exception,
+        Exception: on_unexpected,
+    }
+
+    @post("/run/{model:path}", operation_class=RunModelOperation, status_code=200, media_type="image/png")
+    async def run(self, request: AnyRequest, front: Front, account_id: str, model: str) -> Response[bytes]:
+        """Run the model as Cloudflare does: raw PNG bytes, or an error envelope.
+
+        The model may be spelt with `/` or `%2F`; the body is JSON whatever its type says. `?queueRequest=true`
+        takes a batch.
+        """
+        account = front.authenticate(request, account_id)
+        request_id = new_request_id()
+        request.scope["state"][REQUEST_ID] = request_id
+        check_model(model.strip("/"))
+        async with front.body(request) as body:
+            if batch.is_poll(body):
+                return success(await batch.poll(front, account, body, request_id), request_id)
+            if request.query_params.get("queueRequest", "").lower() == "true":
+                return success(await batch.submit(front, account, body), request_id)
+            work = asyncio.create_task(
+                front.service.generate(
+                    _order(request, account, body),
+                    timeout=front.settings.sync_timeout,
+                    grace=front.settings.retry_grace,
+                ),
+                name=f"generate-{request_id}",
+            )
+        job_id, outcome = await _unless_gone(request, work)
+        if outcome.error is not None:
+            raise error_of(outcome.error.code, outcome.error.message)
+        picture = await front.service.picture(job_id, outcome)
+        return picture_response(picture, {REQUEST_ID: request_id})
+
+    @get("/models/search")
+    async def search_models(
+        self,
+        request: AnyRequest,
+        front: Front,
+        account_id: str,
+        author: str | None = None,
+        task: str | None = None,
+        search: str | None = None,
+        hide_experimental: bool = False,
+        page: Annotated[int, Parameter(ge=1)] = 1,
+        per_page: Annotated[int, Parameter(ge=1, le=100)] = 20,
+    ) -> Response[bytes]:
+        """List the models that match."""
+        front.authenticate(request, account_id)
+        found = catalog.search_models(
+            author=author, task=task, search=search, hide_experimental=hide_experimental
+        )
+        return _page(found, page, per_page)
+
+    @get("/models/schema")
+    async def model_schema(
+        self, request: AnyRequest, front: Front, account_id: str, model: str
+    ) -> Response[bytes]:
+        """Input and output schema of a model."""
+        front.authenticate(request, account_id)
+        check_model(model)
+        return success(catalog.model_schema(), new_request_id())
+
+    @get("/tasks/search")
+    async def search_tasks(self, request: AnyRequest, front: Front, account_id: str) -> Response[bytes]:
+        """List the tasks."""
+        front.authenticate(request, account_id)
+        return _page([catalog.TASK], 1, 20)
+
+
+def check_model(name: str) -> None:
+    """Refuse other models than ours.
+
+    Raises:
+        ModelNameInvalid: not of the form ``@cf/author/model``.
+        ModelNotFound: of that form, but not ours.
+    """
+    if MODEL_NAME.fullmatch(name) is None:
+        raise ModelNameInvalid(f"{name!r} is not of the form @cf/author/model")
+    if name != catalog.MODEL:
+        raise ModelNotFound(f"No such model {name} or task")
+
+
+def _order(request: AnyRequest, account: str, body: object) -> Order:
+    asked = body.get("options") if isinstance(body, dict) else None
+    busy = isinstance(asked, dict) and asked.get("rejectIfBusy") is True
+    return Order(
+        front_end="cloudflare",
+        account=account,
+        body=body,
+        options={"reject_if_busy": True} if busy else None,
+        idempotency_key=idempotency_key(request),
+        retry=request.headers.get(RETRY_HEADER, "0") not in ("", "0"),
+    )
+
+
+async def _unless_gone(request: AnyRequest, work: asyncio.Task[tuple[str, Outcome]]) -> tuple[str, Outcome]:
+    """Wait for the job, but no longer than for the client.
+
+    Raises:
+        ClientClosed: the client went away; the job lives on for the grace period.
+    """
+    gone = asyncio.create_task(_disconnected(request), name="disconnect")
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientClosed("The client went away before the picture was done")
+        return work.result()
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _disconnected(request: AnyRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _page(found: list[dict[str, Any]], page: int, per_page: int) -> Response[bytes]:
+    shown = found[(page - 1) * per_page : page * per_page]
+    info = {"count": len(shown), "page": page, "per_page": per_page, "total_count": len(found)}
+    return success(shown, new_request_id(), result_info=info)

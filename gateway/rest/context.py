@@ -1,0 +1,85 @@
+"""What the routes share: the service, who asks, and how a body is read."""
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import msgspec
+from litestar import Request
+from litestar.exceptions import ClientException
+
+from gateway.rest.bodies import ByteBudget, decode_json, read_body
+from gateway.rest.forms import decode_form, is_form
+from gateway.service import JobService
+from gateway.tenants import Tenants, bearer_from_headers
+from img2img.errors import ClientClosed, InvalidRequest
+from img2img.settings import Settings
+
+MAX_KEY_LENGTH: Final = 255
+_WAIT: Final = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d+(?:\.\d+)?)")
+
+AnyRequest = Request[Any, Any, Any]
+
+
+class Front(msgspec.Struct, frozen=True):
+    """Everything a route needs; one per process, kept in the application's state."""
+
+    service: JobService
+    tenants: Tenants
+    settings: Settings
+    budget: ByteBudget
+
+    def authenticate(self, request: AnyRequest, account: str | None = None) -> str:
+        """The account of the request's key; ``account`` is the one that its URL names.
+
+        Raises:
+            Unauthenticated: no key, an unknown one, or another account's.
+        """
+        headers = request.headers
+        bearer = bearer_from_headers(headers.get("authorization"), headers.get("x-auth-key"))
+        return self.tenants.authenticate(bearer, account)
+
+    @asynccontextmanager
+    async def body(self, request: AnyRequest, *, forms: bool = False) -> AsyncIterator[object]:
+        """The decoded body; its bytes count against the process's budget until the block is left.
+
+        Raises:
+            MissingBody, MalformedBody, RequestTooLarge, TooManyBytesInFlight, InvalidRequest
+            ClientClosed: the client went away in the middle of it.
+        """
+        with self.budget.reserve() as reservation:
+            try:
+                raw = await read_body(
+                    request.stream(), self.settings.max_json_body, reservation, content_length(request)
+                )
+            except ClientException as exc:
+                raise ClientClosed("The client went away before its request was complete") from exc
+            content_type = request.headers.get("content-type", "")
+            if forms and is_form(content_type):
+                yield await decode_form(raw, content_type)
+            else:
+                yield await decode_json(raw, self.settings.max_image_bytes)
+
+
+def content_length(request: AnyRequest) -> int | None:
+    value = request.headers.get("content-length", "")
+    return int(value) if value.isdecimal() else None
+
+
+def idempotency_key(request: AnyRequest) -> str | None:
+    """The ``Idempotency-Key`` header.
+
+    Raises:
+        InvalidRequest: it is empty or longer than 255 characters.
+    """
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= MAX_KEY_LENGTH:
+        raise InvalidRequest("idempotency_key", f"'Idempotency-Key' must have 1 to {MAX_KEY_LENGTH} characters")
+    return key
+
+
+def preferred_wait(request: AnyRequest) -> float:
+    """Seconds of ``Prefer: wait=N`` (RFC 7240); 0 without it."""
+    found = _WAIT.search(request.headers.get("prefer", ""))
+    return float(found[1]) if found else 0.0

@@ -1,0 +1,173 @@
+"""The native jobs API under ``/v1``."""
+
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Annotated, Any, Final
+
+import msgspec
+from litestar import Controller, Response, get, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import Parameter
+from litestar.response import ServerSentEvent
+from litestar.response.sse import ServerSentEventMessage
+
+from gateway.rest.context import AnyRequest, Front, idempotency_key, preferred_wait
+from gateway.rest.openapi import CreateJobOperation
+from gateway.rest.problems import Problem, on_img2img_error, on_unexpected
+from gateway.rest.views import JobList, JobView, event_view, job_view
+from gateway.service import Order, Picture
+from img2img.errors import Img2ImgError, InvalidRequest
+from img2img.jobs import JobState
+from img2img.queue import QueueStats
+
+MAX_PAGE: Final = 100
+JOB_HEADER: Final = "img2img-job-id"
+
+Wait = Annotated[float, Parameter(ge=0, description="Wait up to this many seconds for the job to end.")]
+JobId = Annotated[str, Parameter(description="The job's id.")]
+
+
+class JobsController(Controller):
+    path = "/v1"
+    tags = ["jobs"]
+    exception_handlers = {
+        Img2ImgError: on_img2img_error,
+        Exception: on_unexpected,
+    }
+
+    @post(
+        "/jobs",
+        operation_class=CreateJobOperation,
+        status_code=202,
+        responses={
+            200: ResponseSpec(JobView, description="The job, ended within `Prefer: wait=N`"),
+            400: ResponseSpec(Problem, description="A field is wrong; `field` names it", media_type="application/problem+json"),
+            409: ResponseSpec(Problem, description="The idempotency key was used with another body", media_type="application/problem+json"),
+        },
+    )
+    async def create(self, request: AnyRequest, front: Front) -> Response[JobView]:
+        """Queue a job.
+
+        JSON (the model's flat fields plus `options`) or `multipart/form-data` with files. `Idempotency-Key`
+        makes a retry return the first job; `Prefer: wait=N` waits up to N seconds; `Deadline` is the number of
+        seconds, or the RFC 3339 time, until which the job must be done.
+        """
+        account = front.authenticate(request)
+        key, deadline = idempotency_key(request), _deadline(request)
+        async with front.body(request, forms=True) as body:
+            options = body.get("options") if isinstance(body, dict) else None
+            order = Order(
+                front_end="rest",
+                account=account,
+                body=body,
+                options=options,
+                deadline=deadline,
+                idempotency_key=key,
+            )
+            submitted = await front.service.create(order)
+        wait = preferred_wait(request)
+        job = await front.service.get(account, submitted.id, wait)
+        headers = {"location": f"/v1/jobs/{job.id}", JOB_HEADER: job.id}
+        if wait:
+            headers["preference-applied"] = f"wait={min(wait, front.settings.max_wait):g}"
+        return Response(job_view(job), status_code=200 if job.is_terminal else 202, headers=headers)
+
+    @get("/jobs")
+    async def list_jobs(
+        self,
+        request: AnyRequest,
+        front: Front,
+        state: JobState | None = None,
+        cursor: str | None = None,
+        limit: Annotated[int, Parameter(ge=1, le=MAX_PAGE)] = 20,
+    ) -> JobList:
+        """List the account's jobs, newest first."""
+        account = front.authenticate(request)
+        page = await front.service.list_jobs(account, state=state, cursor=cursor, limit=limit)
+        return JobList([job_view(job) for job in page.jobs], page.next)
+
+    @get("/jobs/{job_id:str}")
+    async def get_job(self, request: AnyRequest, front: Front, job_id: JobId, wait: Wait = 0.0) -> JobView:
+        """Show a job; with `wait`, as soon as it has ended, or as it stands after that many seconds."""
+        account = front.authenticate(request)
+        return job_view(await front.service.get(account, job_id, wait))
+
+    @get("/jobs/{job_id:str}/events", media_type="text/event-stream")
+    async def watch(
+        self,
+        request: AnyRequest,
+        front: Front,
+        job_id: JobId,
+        after: Annotated[int, Parameter(ge=0, description="Sequence number of the last event seen.")] = 0,
+    ) -> ServerSentEvent:
+        """Stream the job's events until it has ended; `Last-Event-ID` resumes without a gap."""
+        account = front.authenticate(request)
+        last_seen = request.headers.get("last-event-id", "")
+        if last_seen and not last_seen.isdecimal():
+            raise InvalidRequest("last-event-id", "'Last-Event-ID' must be the number of an event")
+        await front.service.get(account, job_id)
+        return ServerSentEvent(_messages(front, account, job_id, int(last_seen or after)))
+
+    @get(
+        "/jobs/{job_id:str}/image",
+        media_type="image/png",
+        responses={
+            409: ResponseSpec(Problem, description="The job has not succeeded", media_type="application/problem+json"),
+            410: ResponseSpec(Problem, description="Deleted after its retention time", media_type="application/problem+json"),
+        },
+    )
+    async def image(self, request: AnyRequest, front: Front, job_id: JobId) -> Response[bytes]:
+        """The finished picture."""
+        account = front.authenticate(request)
+        return picture_response(await front.service.result(account, job_id))
+
+    @post("/jobs/{job_id:str}/cancel", status_code=200)
+    async def cancel(self, request: AnyRequest, front: Front, job_id: JobId) -> JobView:
+        """Cancel a job, in any state and as often as you like."""
+        account = front.authenticate(request)
+        return job_view(await front.service.cancel(account, job_id))
+
+    @get("/queue")
+    async def queue(self, request: AnyRequest, front: Front) -> QueueStats:
+        """How many jobs wait and run, and which workers are alive."""
+        front.authenticate(request)
+        return await front.service.stats()
+
+
+async def _messages(
+    front: Front, account: str, job_id: str, after: int
+) -> AsyncIterator[ServerSentEventMessage]:
+    async for events in front.service.watch(account, job_id, after):
+        if not events:
+            yield ServerSentEventMessage(data=None, comment="keep-alive")
+        for event in events:
+            data = msgspec.json.encode(event_view(event)).decode()
+            yield ServerSentEventMessage(data=data, event=event.type, id=event.seq)
+
+
+def picture_response(picture: Picture, headers: dict[str, str] | None = None) -> Response[bytes]:
+    """The encoded file as it is, private to its caller."""
+    base: dict[str, Any] = {JOB_HEADER: picture.job_id, "cache-control": "private"}
+    return Response(picture.data, media_type=picture.result.media_type, headers=base | (headers or {}))
+
+
+def _deadline(request: AnyRequest) -> float | None:
+    """The ``Deadline`` header in seconds from now.
+
+    Raises:
+        InvalidRequest: neither a number of seconds nor an RFC 3339 time, or in the past.
+    """
+    value = request.headers.get("deadline")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = datetime.fromisoformat(value).timestamp() - time.time()
+        except ValueError as exc:
+            raise InvalidRequest("deadline", "'Deadline' must be seconds, or a time like 2030-01-31T12:00:00Z") from exc
+    if not 0 < seconds < float("inf"):
+        raise InvalidRequest("deadline", "'Deadline' must lie in the future")
+    return seconds

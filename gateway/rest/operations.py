@@ -1,0 +1,42 @@
+"""Health and metrics, for machines; they need no key and name no account."""
+
+from litestar import Response, get
+from prometheus_client import REGISTRY, Gauge
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from gateway.rest.context import Front
+from gateway.rest.problems import on_img2img_error
+from img2img.errors import Img2ImgError, Unavailable
+
+QUEUE_JOBS = Gauge("img2img_queue_jobs", "Jobs by queue and state", ["queue", "state"])
+WORKERS = Gauge("img2img_workers", "Workers alive", ["queue"])
+
+
+@get("/health/live", tags=["health"], security=[])
+async def live() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "live"}
+
+
+@get("/health/ready", tags=["health"], security=[])
+async def ready(front: Front) -> Response[dict[str, str | int]]:
+    """200 once jobs can be taken and run: not draining, the queue server answers, a worker is alive."""
+    if front.service.draining:
+        return Response({"status": "draining"}, status_code=503)
+    try:
+        stats = await front.service.stats()
+    except Unavailable as exc:
+        return Response({"status": "queue server unavailable", "detail": str(exc)}, status_code=503)
+    if not stats.workers:
+        return Response({"status": "no worker", "workers": 0}, status_code=503)
+    return Response({"status": "ready", "workers": len(stats.workers)})
+
+
+@get("/metrics", include_in_schema=False, exception_handlers={Img2ImgError: on_img2img_error})
+async def metrics(front: Front) -> Response[bytes]:
+    """OpenMetrics text; queue gauges are read at the moment of the scrape."""
+    stats, queue = await front.service.stats(), front.settings.queue
+    for state in ("queued", "delayed", "running"):
+        QUEUE_JOBS.labels(queue, state).set(getattr(stats, state))
+    WORKERS.labels(queue).set(len(stats.workers))
+    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)

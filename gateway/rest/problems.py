@@ -1,0 +1,99 @@
+"""Errors of the native API: ``application/problem+json`` (RFC 9457) with our stable ``code``."""
+
+import math
+from http import HTTPStatus
+from typing import Any, Final
+
+import msgspec
+import structlog
+from litestar import Response
+from litestar.exceptions import HTTPException
+
+from gateway.rest.context import AnyRequest
+from img2img import errors
+from img2img.errors import Img2ImgError, InvalidRequest, Retryable, most_specific
+
+PROBLEM_JSON: Final = "application/problem+json"
+CODE_HEADER: Final = "img2img-error"
+
+STATUS: Final[dict[type[Img2ImgError], int]] = {
+    errors.Img2ImgError: 500,
+    errors.InvalidRequest: 400,
+    errors.MalformedBody: 400,
+    errors.MissingBody: 400,
+    errors.RequestTooLarge: 413,
+    errors.Unauthenticated: 401,
+    errors.AccountMismatch: 403,
+    errors.NotFound: 404,
+    errors.IdempotencyConflict: 409,
+    errors.ResultNotReady: 409,
+    errors.ResultGone: 410,
+    errors.Retryable: 503,
+    errors.NoCapacity: 429,
+    errors.TooManyBytesInFlight: 429,
+    errors.Unavailable: 503,
+    errors.WaitTimeout: 408,
+    errors.ClientClosed: 499,
+    errors.ConfigurationError: 500,
+    errors.LeaseLost: 409,
+    errors.JobError: 500,
+    errors.ModelRefused: 422,
+    errors.JobCanceled: 409,
+    errors.JobExpired: 408,
+}
+TITLES: Final = {499: "Client Closed Request"}
+
+log = structlog.get_logger(__name__)
+
+
+class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
+    """RFC 9457, with ``code`` (stable) and ``field`` (where one is at fault)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    field: str | None = None
+
+
+def problem(error: Img2ImgError) -> Response[bytes]:
+    """The answer to an error of ours."""
+    status = most_specific(STATUS, error)
+    headers = {CODE_HEADER: error.code}
+    if isinstance(error, Retryable):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = 'Bearer realm="img2img"'
+    field = error.field if isinstance(error, InvalidRequest) and error.field else None
+    return _respond(status, str(error), error.code, headers, field)
+
+
+def _respond(
+    status: int, detail: str, code: str, headers: dict[str, str], field: str | None = None
+) -> Response[bytes]:
+    title = TITLES.get(status) or HTTPStatus(status).phrase
+    body = Problem("about:blank", title, status, detail, code, field)
+    return Response(msgspec.json.encode(body), status_code=status, media_type=PROBLEM_JSON, headers=headers)
+
+
+def on_img2img_error(_: AnyRequest, error: Img2ImgError) -> Response[bytes]:
+    return problem(error)
+
+
+def on_http_exception(request: AnyRequest, error: HTTPException) -> Response[bytes]:
+    """Litestar's own refusals: unknown routes, wrong methods, parameters of the wrong form."""
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()} | {CODE_HEADER: "http"}
+    extra: Any = error.extra
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return problem(errors.NotFound(f"No route {request.method} {request.url.path}: see /schema"))
+    if error.status_code == HTTPStatus.BAD_REQUEST and isinstance(extra, list) and extra:
+        name = str(extra[0].get("key", ""))
+        return problem(InvalidRequest(name, f"'{name}': {extra[0].get('message', error.detail)}"))
+    return _respond(error.status_code, error.detail, "http", headers)
+
+
+def on_unexpected(request: AnyRequest, error: Exception) -> Response[bytes]:
+    """A defect of ours: logged whole, shown without details."""
+    log.error("unexpected_error", path=request.url.path, exc_info=error)
+    return problem(Img2ImgError("Something went wrong on our side: try again, and report it if it stays"))

@@ -1,0 +1,132 @@
+"""How a job looks in JSON."""
+
+from datetime import UTC, datetime
+
+import msgspec
+
+from img2img.jobs import Failure, Job, JobEvent, JobState, Result, Stage
+from img2img.requests import JobOptions, Parameters
+
+
+class ResultView(msgspec.Struct, frozen=True):
+    """The finished picture; its bytes are at ``links.image`` until ``expires_at``."""
+
+    media_type: str
+    width: int
+    height: int
+    bytes: int
+    sha256: str
+    expires_at: datetime
+
+
+class Links(msgspec.Struct, frozen=True, kw_only=True):
+    self_: str = msgspec.field(name="self")
+    events: str
+    image: str
+    cancel: str
+
+
+class JobView(msgspec.Struct, frozen=True, kw_only=True):
+    """A job: what was asked for, how far it is, how it ended. Times are RFC 3339, ``timings`` in seconds."""
+
+    id: str
+    state: JobState
+    attempt: int
+    parameters: Parameters
+    options: JobOptions
+    seed: int
+    width: int | None
+    height: int | None
+    created_at: datetime
+    expires_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    queue_position: int | None
+    step: int | None
+    steps: int | None
+    executed_by: str | None
+    timings: dict[Stage, float]
+    warnings: tuple[str, ...]
+    error: Failure | None
+    result: ResultView | None
+    links: Links
+
+
+class JobList(msgspec.Struct, frozen=True):
+    """Newest first; ``next`` is the ``cursor`` of the following page, null on the last."""
+
+    jobs: list[JobView]
+    next: str | None
+
+
+class EventView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One entry of the event log, as it is sent in ``data`` of a server-sent event."""
+
+    seq: int
+    type: str
+    at: datetime
+    state: JobState
+    attempt: int | None = None
+    stage: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    error: dict[str, object] | None = None
+
+
+def job_view(job: Job) -> JobView:
+    spec, running, outcome = job.spec, job.running, job.outcome
+    result = None if outcome is None else outcome.result
+    shown = result or running
+    base = f"/v1/jobs/{job.id}"
+    return JobView(
+        id=job.id,
+        state=job.state,
+        attempt=job.attempt,
+        parameters=spec.parameters,
+        options=spec.options,
+        seed=spec.seed,
+        width=spec.parameters.width if shown is None else shown.width,
+        height=spec.parameters.height if shown is None else shown.height,
+        created_at=_time(job.created_at),
+        expires_at=_time(job.expires_at),
+        started_at=None if job.started_at is None else _time(job.started_at),
+        finished_at=None if job.finished_at is None else _time(job.finished_at),
+        queue_position=job.queue_position,
+        step=running.step if running and job.state == JobState.RUNNING else None,
+        steps=running.steps if running and job.state == JobState.RUNNING else None,
+        executed_by=None if running is None else running.executed_by,
+        timings={} if outcome is None else outcome.timings,
+        warnings=spec.warnings if outcome is None else outcome.warnings,
+        error=None if outcome is None else outcome.error,
+        result=None if result is None else _result(result),
+        links=Links(self_=base, events=f"{base}/events", image=f"{base}/image", cancel=f"{base}/cancel"),
+    )
+
+
+def event_view(event: JobEvent) -> EventView:
+    data = event.data
+    return EventView(
+        seq=event.seq,
+        type=event.type,
+        at=_time(event.at),
+        state=event.state,
+        attempt=_int(data.get("attempt")),
+        stage=data["stage"] if isinstance(data.get("stage"), str) else None,  # type: ignore[arg-type]
+        step=_int(data.get("step")),
+        steps=_int(data.get("steps")),
+        error=data["error"] if isinstance(data.get("error"), dict) else None,  # type: ignore[arg-type]
+    )
+
+
+def _result(result: Result) -> ResultView:
+    fields = msgspec.structs.asdict(result) | {"expires_at": _time(result.expires_at)}
+    del fields["blob"]
+    return ResultView(**fields)
+
+
+def _time(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def _int(value: object) -> int | None:
+    return value if isinstance(value, int) else None
