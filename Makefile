@@ -1,0 +1,87 @@
+# Everything runs in .venv, which each target sets up as far as it needs. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# torch's build: empty takes your package index's default; for the CPU build on Linux use
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# and for CUDA an index such as https://download.pytorch.org/whl/cu128
+TORCH_INDEX ?=
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+TORCH := $(shell grep -E '^torch==' requirements.lock)
+SDKS := 5.9.0 4.3.1
+
+.PHONY: help setup demo up test lint format proto bench chaos lock clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
+
+setup: $(VENV)/.test ## Create .venv with everything for development and tests
+
+demo: $(VENV)/.run ## Start everything, change the sample dog to a lion (lion.png), stop everything
+	@$(BIN)/img2img demo --image examples/dog.png --output lion.png
+
+up: $(VENV)/.run ## Run the whole service on this machine until Ctrl-C
+	@$(BIN)/img2img up
+
+test: $(VENV)/.test ## Run all tests
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.test ## Check style, types, import contracts and that generated code is fresh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	@$(MAKE) --no-print-directory PROTO_OUT=$(VENV)/proto-check proto
+	diff -r -x '__init__.py' -x '__pycache__' $(VENV)/proto-check/img2img/v1 img2img/v1
+
+format: $(VENV)/.test ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+PROTO_OUT ?= .
+proto: $(VENV)/.test ## Generate img2img/v1 from proto/
+	@mkdir -p $(PROTO_OUT)
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) \
+		--grpc_python_out=$(PROTO_OUT) proto/img2img/v1/img2img.proto
+
+bench: $(VENV)/.test ## Run the benchmarks (BENCH=gateway for one, QUICK=1 for a short run)
+	@for name in $(or $(BENCH),ingest gateway); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
+
+lock: ## Resolve the dependencies anew into requirements.lock
+	@rm -rf $(VENV)/lock && $(PYTHON) -m venv $(VENV)/lock
+	$(VENV)/lock/bin/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(VENV)/lock/bin/pip install --quiet -e '.[dev]'
+	$(VENV)/lock/bin/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/' > requirements.lock
+
+clean: ## Delete .venv and caches
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Stamps: what is installed so far. torch comes first and from its own index, so that nothing else picks a build.
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install one, or set PYTHON=" >&2; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python requirements.lock
+	@echo "Installing $(TORCH)"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	@echo "Installing img2img"
+	@$(PIP) -c requirements.lock -e '.[local]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	@echo "Installing what development and tests need"
+	@$(PIP) -c requirements.lock -e '.[dev]'
+	@for version in $(SDKS); do \
+		$(PIP) --upgrade --target $(VENV)/sdk/cloudflare-$$version cloudflare==$$version; done
+	@touch $@
