@@ -71,7 +71,7 @@ def bind_http(settings: Settings) -> socket.socket:
 def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
     traced = OpenTelemetryMiddleware(app, excluded_urls=UNTRACED, exclude_spans=["receive", "send"])
     config = uvicorn.Config(
-        traced,  # type: ignore[arg-type]
+        traced,
         http="httptools",
         ws="none",
         lifespan="off",
@@ -107,7 +107,8 @@ async def serve(settings: Settings) -> None:
                 )
                 serving = group.create_task(http.serve(sockets=[listener]), name="http")
                 grpc_server.set_serving(True)
-                log.info("gateway_ready", http_port=settings.http_port, grpc_port=grpc_server.port)
+                http_port = listener.getsockname()[1]
+                log.info("gateway_ready", http_port=http_port, grpc_port=grpc_server.port)
                 await stop.wait()
                 service.drain()
                 grpc_server.set_serving(False)

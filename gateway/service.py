@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import msgspec
+import structlog
 import uuid_utils
 
 from img2img import telemetry
@@ -19,7 +20,7 @@ from img2img.blobs import BlobStore
 from img2img.errors import Img2ImgError, InvalidRequest, ResultGone, ResultNotReady, WaitTimeout
 from img2img.events import EventHub
 from img2img.jobs import Job, JobEvent, JobSpec, JobState, Outcome, Result, StopReason
-from img2img.queue import Join, JobQueue, Lifetime, Page, QueueStats, Submitted, Waiter
+from img2img.queue import JobQueue, Join, Lifetime, Page, QueueStats, Submitted, Waiter
 from img2img.requests import CheckedRequest, build_request, draw_seed
 from img2img.server import milliseconds
 from img2img.settings import Settings
@@ -30,6 +31,8 @@ THREAD_ABOVE: Final = 64 * 1024
 KEEP_ALIVE: Final = 15.0
 WAITER_TTL: Final = 9.0
 INPUT_MARGIN: Final = 3600.0
+
+log = structlog.get_logger(__name__)
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +91,8 @@ class JobService:
             raise
         if submitted.created:
             telemetry.JOBS_SUBMITTED.labels(order.front_end).inc()
+            prompt = {"prompt": checked.request.prompt} if self._settings.log_prompts else {}
+            log.info("job_created", job=submitted.id, account=order.account, front_end=order.front_end, **prompt)
         return submitted
 
     async def generate(self, order: Order, *, timeout: float, grace: float) -> tuple[str, Outcome]:
@@ -224,7 +229,9 @@ class JobService:
         limits, body = self._settings.request_limits, order.body
         size = 0
         if isinstance(body, dict):
-            size = sum(len(body[name]) for name in ("image", "image_b64", "mask") if isinstance(body.get(name), bytes | str))
+            size = sum(
+                len(body[name]) for name in ("image", "image_b64", "mask") if isinstance(body.get(name), bytes | str)
+            )
         if size > THREAD_ABOVE:
             return await asyncio.to_thread(build_request, body, order.options, limits)
         return build_request(body, order.options, limits)

@@ -115,10 +115,6 @@ class JobQueue:
         """A fresh public id, ``<shard>-<uuid7>``; ids sort by the time they were made."""
         return f"{SHARD}-{uuid_utils.uuid7()}"
 
-    def control_key(self, worker: str) -> str:
-        """The list on which a worker is told which of its jobs to stop."""
-        return f"{self.prefix}control:{worker}"
-
     def bell(self, job_id: str) -> str:
         """The channel that rings when a job's log has grown."""
         return f"{self.prefix}bell:{job_id}"
@@ -166,7 +162,7 @@ class JobQueue:
         """
         with translated():
             async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self._job_key(job_id), JOB_FIELDS)
+                pipe.hmget(self._job_key(job_id), *JOB_FIELDS)
                 pipe.zrank(f"{self.prefix}ready:{self.name}", job_id)
                 fields, rank = await pipe.execute()
         if fields[0] is None or (account is not None and fields[1] != account.encode()):
@@ -208,10 +204,20 @@ class JobQueue:
         info = msgspec.json.encode(worker)
         answers = await self._run("beat", worker.id, milliseconds(ttl), info, milliseconds(lease), *held)
         return {
-            claim.id: _stop_reason(answer)
-            for claim, answer in zip(claims, answers, strict=True)
-            if answer != b"ok"
+            claim.id: _stop_reason(answer) for claim, answer in zip(claims, answers, strict=True) if answer != b"ok"
         }
+
+    async def wait_for_work(self, timeout: float) -> None:
+        """Sleep until a job is submitted, or ``timeout`` seconds; a lost ring costs no more than that."""
+        await self._pop(self.wake_key, timeout)
+
+    async def next_stop(self, worker: str, timeout: float) -> tuple[str, StopReason] | None:
+        """The next job that this worker is told to stop, and why; None after ``timeout`` seconds."""
+        message = await self._pop(self._control_key(worker), timeout)
+        if message is None:
+            return None
+        job_id, _, reason = message.partition(" ")
+        return job_id, StopReason(reason)
 
     async def sign_off(self, worker: str) -> None:
         """Forget a worker that holds nothing, and ring once for the token that it may have taken."""
@@ -219,7 +225,7 @@ class JobQueue:
             async with self.redis.pipeline(transaction=False) as pipe:
                 pipe.zrem(f"{self.prefix}workers:{self.name}", worker)
                 pipe.hdel(f"{self.prefix}worker-info:{self.name}", worker)
-                pipe.delete(self.control_key(worker))
+                pipe.delete(self._control_key(worker))
                 pipe.rpush(self.wake_key, "1")
                 await pipe.execute()
 
@@ -284,13 +290,22 @@ class JobQueue:
         known = tuple(msgspec.json.decode(raw, type=WorkerInfo) for raw in workers)
         return QueueStats(queued, delayed, running, known)
 
+    async def _pop(self, key: str, timeout: float) -> str | None:
+        with translated():
+            popped: Any = self.redis.blpop([key], timeout=max(timeout, 0.01))  # type: ignore[arg-type]
+            message = await popped
+        return None if message is None else message[1].decode()
+
     async def _load(self, job_ids: Sequence[str]) -> list[Job]:
         async with self.redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
-                pipe.hmget(self._job_key(job_id), JOB_FIELDS)
+                pipe.hmget(self._job_key(job_id), *JOB_FIELDS)
                 pipe.zrank(f"{self.prefix}ready:{self.name}", job_id)
             rows = await pipe.execute()
         return [_job(fields, rank) for fields, rank in zip(rows[::2], rows[1::2], strict=True) if fields[0]]
+
+    def _control_key(self, worker: str) -> str:
+        return f"{self.prefix}control:{worker}"
 
     def _job_key(self, job_id: str) -> str:
         return f"{self.prefix}job:{job_id}"

@@ -64,15 +64,13 @@ def configure_logging(level: str, form: str) -> None:
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
     )
-    final = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    final: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if not console:
         final.append(structlog.processors.format_exc_info)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(processors=[*final, renderer], foreign_pre_chain=shared)
-    )
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=[*final, renderer], foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    for name in ("arq", "httpx", "httpcore", "PIL", "uvicorn.access"):
+    for name in ("arq", "faker", "httpx", "httpcore", "PIL", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
     structlog.configure(
         processors=[
@@ -109,7 +107,7 @@ def process_span(queue: str, spec: JobSpec, attempt: int) -> Iterator[Span]:
     parent = propagate.extract(spec.trace)
     origin = trace.get_current_span(parent).get_span_context()
     links = [Link(origin)] if origin.is_valid else []
-    attributes = {**_messaging(queue, spec.id, "process"), "img2img.attempt": attempt}
+    attributes: dict[str, str | int] = {**_messaging(queue, spec.id, "process"), "img2img.attempt": attempt}
     with tracer.start_as_current_span(
         f"process {queue}",
         context=parent if attempt == 1 else Context(),

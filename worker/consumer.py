@@ -15,7 +15,6 @@ from arq.worker import Worker, func
 from img2img.errors import LeaseLost, Unavailable
 from img2img.jobs import Failure, Outcome, StopReason
 from img2img.queue import Claim, JobQueue, WorkerInfo
-from img2img.server import translated
 from img2img.settings import Settings
 from worker.runner import Decision, JobRunner, Lost, Release, Stop
 
@@ -81,10 +80,11 @@ class Consumer(Worker):
                 for claim in claims:
                     self._start(claim)
                 if not claims:
-                    await self._until(self._wake(MAX_IDLE_WAIT if due is None else min(due, MAX_IDLE_WAIT)))
+                    pause = MAX_IDLE_WAIT if due is None else min(due, MAX_IDLE_WAIT)
+                    await self._until(self._queue.wait_for_work(pause))
             except Unavailable as exc:
                 log.warning("claim_failed", error=str(exc))
-                await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
+                await self._pause()
 
     async def _until(self, waiting: Any) -> None:
         """Wait for something, but not beyond the start of draining."""
@@ -96,11 +96,6 @@ class Consumer(Worker):
         await asyncio.gather(*pending, return_exceptions=True)
         if waiter in done:
             waiter.result()
-
-    async def _wake(self, timeout: float) -> None:
-        """Sleep until a job is submitted or ``timeout`` seconds are over."""
-        with translated():
-            await self._queue.redis.blpop([self._queue.wake_key], timeout=max(timeout, 0.01))
 
     def _start(self, claim: Claim) -> None:
         arq_id = "{" + claim.id.replace("-", "}-", 1)
@@ -128,12 +123,14 @@ class Consumer(Worker):
         claim, decision = self._claims[job_id], self._decisions.get(job_id, NO_DECISION)
         while True:
             try:
-                return await self._write(claim, decision)
+                await self._write(claim, decision)
+                return
             except LeaseLost:
-                return log.warning("result_discarded", job=claim.id, fence=claim.fence)
+                log.warning("result_discarded", job=claim.id, fence=claim.fence)
+                return
             except Unavailable as exc:
                 log.warning("finish_retried", job=claim.id, error=str(exc))
-                await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
+                await self._pause()
 
     async def finish_failed_job(self, job_id: str, result_data: bytes | None) -> None:
         """arq could not even start it (payload gone or broken): give the claim back, spent."""
@@ -166,18 +163,18 @@ class Consumer(Worker):
 
     async def _obey_forever(self) -> None:
         """Stop jobs as soon as somebody asks; the beat tells the same, later, if this list is lost."""
-        key = self._queue.control_key(self._info.id)
         while True:
             try:
-                with translated():
-                    message = await self._queue.redis.blpop([key], timeout=MAX_IDLE_WAIT)
+                told = await self._queue.next_stop(self._info.id, MAX_IDLE_WAIT)
             except Unavailable:
-                await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
+                await self._pause()
                 continue
-            if message is not None:
-                job_id, _, reason = message[1].decode().partition(" ")
-                if stop := self._stops.get(job_id):
-                    stop.set(StopReason(reason))
+            if told is not None and (stop := self._stops.get(told[0])):
+                stop.set(told[1])
+
+    async def _pause(self) -> None:
+        """Between two tries to reach the server; jittered, so that a fleet does not return as one."""
+        await asyncio.sleep(RETRY_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
 
     async def _finish_running(self) -> None:
         if self.tasks:

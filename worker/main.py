@@ -49,9 +49,7 @@ async def serve(settings: Settings) -> None:
         started = time.perf_counter()
         async with choose_engine(settings) as engine:
             telemetry.MODEL_LOAD_SECONDS.observe(time.perf_counter() - started)
-            info = WorkerInfo(
-                name, settings.concurrency, engine.info.name, engine.info.model, engine.info.device
-            )
+            info = WorkerInfo(name, settings.concurrency, engine.info.name, engine.info.model, engine.info.device)
             runner = JobRunner(parts.queue, parts.blobs, engine, settings, name)
             consumer = Consumer(parts.queue, runner, info, settings)
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -123,9 +123,7 @@ class Attempt:
 class JobRunner:
     """Runs claimed jobs on one engine, each in an attempt of its own."""
 
-    def __init__(
-        self, queue: JobQueue, blobs: BlobStore, engine: Engine, settings: Settings, worker: str
-    ) -> None:
+    def __init__(self, queue: JobQueue, blobs: BlobStore, engine: Engine, settings: Settings, worker: str) -> None:
         self._queue = queue
         self._blobs = blobs
         self._engine = engine
@@ -142,7 +140,8 @@ class JobRunner:
                 decision = self._decide(attempt, exc)
             except Exception:
                 log.exception("attempt_failed", job=claim.id)
-                decision = self._decide(attempt, EngineFailed("The engine failed unexpectedly: see the worker's log"))
+                failed = EngineFailed("The engine failed unexpectedly: see the worker's log")
+                decision = self._decide(attempt, failed)
             if isinstance(decision, Outcome) and decision.error is not None:
                 span.set_attribute("error.type", decision.error.code)
                 if decision.state == JobState.FAILED:
@@ -161,9 +160,7 @@ class JobRunner:
         work = asyncio.create_task(self._make(attempt, stop), name=f"make-{claim.id}")
         stopped = asyncio.create_task(stop.wait(), name=f"stop-{claim.id}")
         try:
-            await asyncio.wait(
-                {work, stopped}, timeout=min(to_deadline, allowed), return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({work, stopped}, timeout=min(to_deadline, allowed), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 work.cancel()
                 await asyncio.wait({work})
@@ -187,9 +184,7 @@ class JobRunner:
         image = await self._generate(attempt, pictures, stop)
         clock.enter(Stage.ENCODE)
         options = spec.options
-        data = await asyncio.to_thread(
-            encode_picture, image.picture, options.output_format, options.output_quality
-        )
+        data = await asyncio.to_thread(encode_picture, image.picture, options.output_format, options.output_quality)
         clock.enter(Stage.STORE)
         result = await self._store(attempt.claim, image, data)
         return attempt.outcome(JobState.SUCCEEDED, result=result)
@@ -223,9 +218,7 @@ class JobRunner:
 
     def _task(self, claim: Claim, pictures: Pictures) -> Task:
         asked, options = claim.spec.parameters, claim.spec.options
-        width, height = resolve_size(
-            asked.width, asked.height, self._engine.info.native_size, pictures.image
-        )
+        width, height = resolve_size(asked.width, asked.height, self._engine.info.native_size, pictures.image)
         return Task(
             prompt=asked.prompt,
             negative_prompt=asked.negative_prompt or "",

@@ -2,8 +2,7 @@
 
 import importlib.metadata
 
-from litestar import Litestar
-from litestar.datastructures import State
+from litestar import Litestar, Response
 from litestar.di import Provide
 from litestar.exceptions import HTTPException
 
@@ -36,12 +35,11 @@ def build_app(service: JobService, tenants: Tenants, settings: Settings) -> Lite
         openapi_config=openapi_config(importlib.metadata.version("img2img")),
         # The routes bound bodies themselves, while they arrive, with errors in their own dialect.
         request_max_body_size=None,
-        state=State(),
         logging_config=None,
     )
 
 
-def _on_http_exception(request: AnyRequest, error: HTTPException) -> object:
+def _on_http_exception(request: AnyRequest, error: HTTPException) -> Response[bytes]:
     """Unknown routes have no controller: the path tells whose words to use."""
     if request.url.path.startswith(CLOUDFLARE_PREFIX):
         return envelope.on_http_exception(request, error)

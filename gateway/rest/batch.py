@@ -30,9 +30,7 @@ async def submit(front: Front, account: str, body: object) -> dict[str, Any]:
         raise InvalidRequest("requests", "'/requests' must be an array of at least one request")
     if len(requests) > MAX_REQUESTS:
         raise RequestTooLarge(f"A batch may have {MAX_REQUESTS} requests: split it")
-    orders = [
-        Order(front_end="cloudflare-batch", account=account, body=request) for request in requests
-    ]
+    orders = [Order(front_end="cloudflare-batch", account=account, body=request) for request in requests]
     references = [request.get(REFERENCE) if isinstance(request, dict) else None for request in requests]
     batch_id = await front.service.create_batch(account, orders, references)
     return {"status": "queued", "request_id": batch_id, "model": catalog.MODEL}
@@ -56,11 +54,9 @@ async def poll(front: Front, account: str, body: Any, request_id: str) -> dict[s
     return {"responses": responses, "usage": {}}
 
 
-async def _response(
-    front: Front, index: int, job: Job, reference: Any, request_id: str
-) -> dict[str, Any]:
+async def _response(front: Front, index: int, job: Job, reference: Any, request_id: str) -> dict[str, Any]:
     base = {"id": index, REFERENCE: reference}
-    assert job.outcome is not None  # noqa: S101 - a terminal job has one
+    assert job.outcome is not None
     try:
         if job.outcome.error is not None:
             raise error_of(job.outcome.error.code, job.outcome.error.message)

@@ -297,9 +297,7 @@ def _decode_value(name: str, raw: msgspec.Raw) -> object:
     except RecursionError as exc:
         raise MalformedBody(f"'/{name}' is nested too deeply: send a flat value") from exc
     except msgspec.ValidationError as exc:
-        raise InvalidRequest(
-            name, f"'/{name}' has a number that is out of range: send a smaller one"
-        ) from exc
+        raise InvalidRequest(name, f"'/{name}' has a number that is out of range: send a smaller one") from exc
     except (UnicodeDecodeError, msgspec.DecodeError) as exc:
         raise MalformedBody(f"'/{name}' is not valid text: send UTF-8 and whole \\u escapes") from exc
 

@@ -10,7 +10,10 @@ AUTHOR: Final = "runwayml"
 TASK: Final[dict[str, Any]] = {
     "id": "3d6e1f35-341b-4915-a6c8-9a7142a9033a",
     "name": "Text-to-Image",
-    "description": "Generates images from input text. These models can be used to generate and modify images based on text prompts.",
+    "description": (
+        "Generates images from input text. "
+        "These models can be used to generate and modify images based on text prompts."
+    ),
 }
 CARD: Final[dict[str, Any]] = {
     "id": "19547f04-7a6a-4f87-bf2c-f5e32fb12dc5",

@@ -86,15 +86,11 @@ class CloudflareController(Controller):
     ) -> Response[bytes]:
         """List the models that match."""
         front.authenticate(request, account_id)
-        found = catalog.search_models(
-            author=author, task=task, search=search, hide_experimental=hide_experimental
-        )
+        found = catalog.search_models(author=author, task=task, search=search, hide_experimental=hide_experimental)
         return _page(found, page, per_page)
 
     @get("/models/schema")
-    async def model_schema(
-        self, request: AnyRequest, front: Front, account_id: str, model: str
-    ) -> Response[bytes]:
+    async def model_schema(self, request: AnyRequest, front: Front, account_id: str, model: str) -> Response[bytes]:
         """Input and output schema of a model."""
         front.authenticate(request, account_id)
         check_model(model)

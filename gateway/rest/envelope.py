@@ -56,9 +56,7 @@ ERRORS: Final[dict[type[Img2ImgError], Dialect]] = {
     errors.ResultGone: Dialect(3010, 410, "AiError: {detail} ({id})"),
     errors.Retryable: Dialect(3043, 503, "AiError: Internal server error: {detail} ({id})"),
     errors.NoCapacity: Dialect(3040, 429, "AiError: Capacity temporarily exceeded, please try again. ({id})"),
-    errors.TooManyBytesInFlight: Dialect(
-        3040, 429, "AiError: Capacity temporarily exceeded, please try again. ({id})"
-    ),
+    errors.TooManyBytesInFlight: Dialect(3040, 429, "AiError: Capacity temporarily exceeded, please try again. ({id})"),
     errors.WaitTimeout: Dialect(3007, 408, "AiError: Request timeout: {detail} ({id})"),
     errors.ClientClosed: Dialect(3008, 408, "AiError: Request was aborted ({id})"),
     errors.ModelRefused: Dialect(3030, 400, "AiError: Model input is not valid: {detail} ({id})"),

@@ -42,8 +42,16 @@ class JobsController(Controller):
         status_code=202,
         responses={
             200: ResponseSpec(JobView, description="The job, ended within `Prefer: wait=N`"),
-            400: ResponseSpec(Problem, description="A field is wrong; `field` names it", media_type="application/problem+json"),
-            409: ResponseSpec(Problem, description="The idempotency key was used with another body", media_type="application/problem+json"),
+            400: ResponseSpec(
+                Problem,
+                description="A field is wrong; `field` names it",
+                media_type="application/problem+json",
+            ),
+            409: ResponseSpec(
+                Problem,
+                description="The idempotency key was used with another body",
+                media_type="application/problem+json",
+            ),
         },
     )
     async def create(self, request: AnyRequest, front: Front) -> Response[JobView]:
@@ -78,13 +86,13 @@ class JobsController(Controller):
         self,
         request: AnyRequest,
         front: Front,
-        state: JobState | None = None,
+        only: Annotated[JobState | None, Parameter(query="state", description="Only jobs in this state.")] = None,
         cursor: str | None = None,
         limit: Annotated[int, Parameter(ge=1, le=MAX_PAGE)] = 20,
     ) -> JobList:
         """List the account's jobs, newest first."""
         account = front.authenticate(request)
-        page = await front.service.list_jobs(account, state=state, cursor=cursor, limit=limit)
+        page = await front.service.list_jobs(account, state=only, cursor=cursor, limit=limit)
         return JobList([job_view(job) for job in page.jobs], page.next)
 
     @get("/jobs/{job_id:str}")
@@ -114,7 +122,9 @@ class JobsController(Controller):
         media_type="image/png",
         responses={
             409: ResponseSpec(Problem, description="The job has not succeeded", media_type="application/problem+json"),
-            410: ResponseSpec(Problem, description="Deleted after its retention time", media_type="application/problem+json"),
+            410: ResponseSpec(
+                Problem, description="Deleted after its retention time", media_type="application/problem+json"
+            ),
         },
     )
     async def image(self, request: AnyRequest, front: Front, job_id: JobId) -> Response[bytes]:
@@ -135,9 +145,7 @@ class JobsController(Controller):
         return await front.service.stats()
 
 
-async def _messages(
-    front: Front, account: str, job_id: str, after: int
-) -> AsyncIterator[ServerSentEventMessage]:
+async def _messages(front: Front, account: str, job_id: str, after: int) -> AsyncIterator[ServerSentEventMessage]:
     async for events in front.service.watch(account, job_id, after):
         if not events:
             yield ServerSentEventMessage(data=None, comment="keep-alive")

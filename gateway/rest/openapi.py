@@ -7,6 +7,7 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, SwaggerRenderPlugin, YamlRenderPlugin
 from litestar.openapi.spec import (
     Components,
+    OpenAPIFormat,
     OpenAPIMediaType,
     OpenAPIType,
     Operation,
@@ -18,7 +19,7 @@ from litestar.openapi.spec import (
 from img2img.requests import MAX_GUIDANCE, MAX_SEED, OutputFormat, Sampler
 from img2img.schema import INPUT_SCHEMA
 
-BINARY: Final = Schema(type=OpenAPIType.STRING, format="binary")
+BINARY: Final = Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.BINARY)
 STRICTER: Final[dict[str, dict[str, Any]]] = {
     "num_steps": {"minimum": 1},
     "strength": {"minimum": 0, "maximum": 1},

@@ -39,4 +39,5 @@ async def metrics(front: Front) -> Response[bytes]:
     for state in ("queued", "delayed", "running"):
         QUEUE_JOBS.labels(queue, state).set(getattr(stats, state))
     WORKERS.labels(queue).set(len(stats.workers))
-    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+    text: bytes = generate_latest(REGISTRY)  # type: ignore[no-untyped-call]
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

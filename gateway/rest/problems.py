@@ -69,9 +69,7 @@ def problem(error: Img2ImgError) -> Response[bytes]:
     return _respond(status, str(error), error.code, headers, field)
 
 
-def _respond(
-    status: int, detail: str, code: str, headers: dict[str, str], field: str | None = None
-) -> Response[bytes]:
+def _respond(status: int, detail: str, code: str, headers: dict[str, str], field: str | None = None) -> Response[bytes]:
     title = TITLES.get(status) or HTTPStatus(status).phrase
     body = Problem("about:blank", title, status, detail, code, field)
     return Response(msgspec.json.encode(body), status_code=status, media_type=PROBLEM_JSON, headers=headers)

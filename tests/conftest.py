@@ -1,0 +1,45 @@
+"""Fixtures that most tests share: a real Valkey server, and real processes on it."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from img2img.embedded import EmbeddedValkey
+from tests.stack import Stack
+
+
+@contextmanager
+def running_valkey(folder: Path) -> Iterator[str]:
+    """A server in a thread with a loop of its own, so that synchronous and asynchronous tests can use it."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="valkey")
+    thread.start()
+    server = EmbeddedValkey(folder, durable=False)
+    try:
+        asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result(30)
+        try:
+            yield server.url
+        finally:
+            asyncio.run_coroutine_threadsafe(server.__aexit__(None, None, None), loop).result(30)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture(scope="module")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A fresh, empty server for the tests of one module."""
+    with running_valkey(tmp_path_factory.mktemp("valkey")) as url:
+        yield url
+
+
+@pytest.fixture
+def stack(valkey_url: str, tmp_path: Path) -> Iterator[Stack]:
+    """Gateways and workers, started by the test as it needs them."""
+    with Stack(valkey_url, tmp_path) as processes:
+        yield processes
