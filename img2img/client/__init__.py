@@ -1,0 +1,44 @@
+"""The Python client of the gRPC service, once for plain code and once for asyncio.
+
+    with Client("127.0.0.1:50051") as client:
+        picture = client.generate(prompt="a lion", image=Path("dog.png"), strength=0.9, timeout=60)
+        Path("lion.png").write_bytes(picture.data)
+
+Both take the same arguments, return the same plain values and raise :class:`ClientError`.
+"""
+
+from img2img.client.aio import AsyncClient
+from img2img.client.channel import DEFAULT_SERVER
+from img2img.client.sync import Client
+from img2img.client.values import (
+    ClientError,
+    Event,
+    JobInfo,
+    JobPage,
+    Picture,
+    RequestFields,
+    ResultInfo,
+    Violation,
+)
+from img2img.jobs import Failure, JobState
+from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
+
+__all__ = [
+    "DEFAULT_SERVER",
+    "AsyncClient",
+    "Client",
+    "ClientError",
+    "Event",
+    "Failure",
+    "JobInfo",
+    "JobOptions",
+    "JobPage",
+    "JobState",
+    "OutputFormat",
+    "Parameters",
+    "Picture",
+    "RequestFields",
+    "ResultInfo",
+    "Sampler",
+    "Violation",
+]

@@ -1,0 +1,208 @@
+"""From the client's values to protobuf messages and back: all that the two clients share about the wire."""
+
+import hashlib
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from img2img.client.values import ClientError, Event, JobInfo, JobPage, RequestFields, ResultInfo
+from img2img.images import PictureInfo
+from img2img.jobs import Failure, JobState
+from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
+from img2img.v1 import img2img_pb2 as pb
+
+FIRST_PAUSE: Final = 0.2
+LONGEST_PAUSE: Final = 5.0
+FIRST_TRIES: Final = 4
+RESUME_TRIES: Final = 8
+RESUMED: Final = frozenset({"unavailable", "cancelled"})  # what a gateway's restart does to a stream
+
+
+def generate_request(fields: RequestFields) -> pb.GenerateRequest:
+    return pb.GenerateRequest(**_job_request(fields))
+
+
+def create_request(fields: RequestFields) -> pb.CreateJobRequest:
+    return pb.CreateJobRequest(**_job_request(fields))
+
+
+def list_request(state: JobState | None, limit: int, page: str | None) -> pb.ListJobsRequest:
+    name = f"JOB_STATE_{state.name}" if state else None
+    return pb.ListJobsRequest(page_size=limit, page_token=page or "", state=name)
+
+
+def _job_request(fields: RequestFields) -> dict[str, Any]:
+    values: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    options = values.pop("options", None)
+    key = values.pop("idempotency_key", None) or str(uuid.uuid4())
+    for name in ("image", "mask"):
+        if isinstance(values.get(name), Path):
+            values[name] = values[name].read_bytes()
+    request = pb.Img2ImgRequest(**values)
+    return {"request": request, "options": _options_message(options), "idempotency_key": key}
+
+
+def _options_message(options: JobOptions | None) -> pb.JobOptions | None:
+    if options is None:
+        return None
+    return pb.JobOptions(
+        priority=options.priority,
+        deadline_seconds=options.deadline_seconds,
+        sampler=f"SAMPLER_{options.sampler.name}" if options.sampler else None,
+        output_format=f"OUTPUT_FORMAT_{options.output_format.name}",
+        output_quality=options.output_quality,
+        reject_if_busy=options.reject_if_busy,
+    )
+
+
+def job_page(message: pb.ListJobsResponse) -> JobPage:
+    return JobPage(tuple(job_info(job) for job in message.jobs), message.next_page_token or None)
+
+
+def job_info(job: pb.Job) -> JobInfo:
+    return JobInfo(
+        id=job.id,
+        state=_state(job.state),
+        attempt=job.attempt,
+        parameters=_parameters(job.parameters, job.seed),
+        options=_options(job.options),
+        seed=job.seed,
+        created_at=_time(job.create_time),
+        expires_at=_time(job.expire_time),
+        started_at=_time(job.start_time) if job.HasField("start_time") else None,
+        finished_at=_time(job.finish_time) if job.HasField("finish_time") else None,
+        executed_by=job.executed_by,
+        timings=dict(job.timings),
+        warnings=tuple(job.warnings),
+        error=_failure(job),
+        result=_result(job.result) if job.HasField("result") else None,
+        **_present(job, "queue_position", "step", "steps", "width", "height"),
+    )
+
+
+def event(message: pb.WatchJobResponse) -> Event:
+    return Event(
+        sequence=message.sequence,
+        type=message.type,
+        at=_time(message.time),
+        state=_state(message.state),
+        attempt=message.attempt,
+        stage=message.stage,
+        step=message.step,
+        steps=message.steps,
+        error=_failure(message),
+    )
+
+
+def _parameters(message: pb.Parameters, seed: int) -> Parameters:
+    return Parameters(
+        prompt=message.prompt,
+        image=_picture(message.image) if message.HasField("image") else None,
+        mask=_picture(message.mask) if message.HasField("mask") else None,
+        num_steps=message.num_steps,
+        strength=message.strength,
+        guidance=message.guidance,
+        seed=seed,
+        **_present(message, "negative_prompt", "height", "width"),
+    )
+
+
+def _picture(message: pb.PictureInfo) -> PictureInfo:
+    return PictureInfo(message.format, message.width, message.height, message.size_bytes)
+
+
+def _options(message: pb.JobOptions) -> JobOptions:
+    values: dict[str, Any] = _present(message, "priority", "deadline_seconds", "output_quality", "reject_if_busy")
+    if message.sampler:
+        values["sampler"] = Sampler[pb.Sampler.Name(message.sampler).removeprefix("SAMPLER_")]
+    if message.output_format:
+        name = pb.OutputFormat.Name(message.output_format).removeprefix("OUTPUT_FORMAT_")
+        values["output_format"] = OutputFormat[name]
+    return JobOptions(**values)
+
+
+def _result(message: pb.JobResult) -> ResultInfo:
+    return ResultInfo(
+        media_type=message.media_type,
+        width=message.width,
+        height=message.height,
+        size_bytes=message.size_bytes,
+        sha256=message.sha256,
+        expires_at=_time(message.expire_time),
+    )
+
+
+def _state(number: int) -> JobState:
+    return JobState[pb.JobState.Name(number).removeprefix("JOB_STATE_")]
+
+
+def _failure(message: pb.Job | pb.WatchJobResponse) -> Failure | None:
+    return Failure(message.error.code, message.error.message) if message.HasField("error") else None
+
+
+def _time(stamp: Timestamp) -> datetime:
+    return stamp.ToDatetime(tzinfo=UTC)
+
+
+def _present(message: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+class Progress:
+    """Where a client stands in a job's event log, and whether a broken stream is worth another try."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.ended = False
+        self._failures = 0
+        self._tries = FIRST_TRIES
+
+    def request(self, job_id: str) -> pb.WatchJobRequest:
+        return pb.WatchJobRequest(id=job_id, after=self.after)
+
+    def take(self, message: pb.WatchJobResponse) -> Event:
+        taken = event(message)
+        self.after = taken.sequence
+        self.ended = taken.state.is_terminal
+        self._failures, self._tries = 0, RESUME_TRIES
+        return taken
+
+    def pause(self, error: ClientError | None) -> float:
+        """Seconds to wait before the next try; ``error`` is why the stream broke, None if it just ended.
+
+        Raises:
+            ClientError: ``error``, when another try would not help, or did not, time after time.
+        """
+        error = error or ClientError("unavailable", "The service closed the event stream before the job's end")
+        self._failures += 1
+        if error.code not in RESUMED or self._failures >= self._tries:
+            raise error
+        return float(min(FIRST_PAUSE * 2 ** (self._failures - 1), LONGEST_PAUSE))
+
+
+class Parts:
+    """Puts a streamed picture together."""
+
+    def __init__(self) -> None:
+        self._result = pb.JobResult()
+        self._chunks: list[bytes] = []
+
+    def add(self, message: pb.GetResultResponse) -> None:
+        if message.HasField("result"):
+            self._result = message.result
+        else:
+            self._chunks.append(message.chunk)
+
+    def joined(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            ClientError: it is not what the service announced.
+        """
+        data = b"".join(self._chunks)
+        if hashlib.sha256(data).hexdigest() != self._result.sha256:
+            raise ClientError("data_loss", "The picture arrived incomplete or damaged: fetch it again")
+        return data
