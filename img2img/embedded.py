@@ -149,8 +149,10 @@ class EmbeddedValkey:
         return self.data_dir / "valkey.log"
 
     @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process and not self._process.has_ended else None
+    def process(self) -> ChildProcess:
+        if self._process is None:
+            raise RuntimeError("the server was not started yet: enter its context first")
+        return self._process
 
     async def __aenter__(self) -> Self:
         """Lock the folder and start the server.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis as redis_sync
 import redis.asyncio as redis
-from waiting import eventually, is_running
+from tests.up.waiting import is_running
 
 from img2img.embedded import EmbeddedValkey
 from img2img.errors import ConfigurationError
@@ -23,7 +23,7 @@ from img2img.embedded import EmbeddedValkey
 
 async def main():
     async with EmbeddedValkey(Path(sys.argv[1])) as valkey:
-        print(valkey.pid, valkey.url, flush=True)
+        print(valkey.process.pid, valkey.url, flush=True)
         await asyncio.Event().wait()
 
 asyncio.run(main())
@@ -69,10 +69,9 @@ async def test_data_outlives_a_kill(tmp_path: Path) -> None:
     """An acknowledged write survives SIGKILL, and the server comes back on the same socket."""
     async with EmbeddedValkey(tmp_path) as valkey:
         await _set(valkey.url, "kept", "yes")
-        assert valkey.pid
-        os.kill(valkey.pid, signal.SIGKILL)
-        await eventually(lambda: valkey.pid is None)
-        url = valkey.url
+        url, process = valkey.url, valkey.process
+        os.kill(process.pid, signal.SIGKILL)
+        assert await process.wait() == -signal.SIGKILL
         await valkey.start()
         assert valkey.url == url
         assert await _get(url, "kept") == b"yes"
@@ -128,7 +127,7 @@ async def test_an_orphan_that_stays_is_named(tmp_path: Path, monkeypatch: pytest
     finally:
         os.kill(pid, signal.SIGKILL)
     async with EmbeddedValkey(folder) as valkey:
-        assert valkey.pid
+        assert await _get(valkey.url, "kept") == b"yes"
 
 
 async def test_a_refusal_shows_its_last_words(tmp_path: Path) -> None:

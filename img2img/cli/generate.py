@@ -1,0 +1,206 @@
+"""``img2img generate``: one picture, with its progress on the terminal."""
+
+import asyncio
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from img2img.cli.connection import Connection, connection_options, one_line_errors, take_connection
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from img2img.client import AsyncClient, Event, JobInfo, Picture
+
+SAMPLERS: Final = ("dpmpp_2m", "ddim", "euler", "euler_a")
+FORMATS: Final = ("png", "webp", "jpeg")
+SUFFIXES: Final = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+POSITION_SECONDS: Final = 1.0
+INTERRUPTED: Final = 130  # what a shell reports for a program that Ctrl-C ended
+OPTIONS: Final = {"deadline": "deadline_seconds", "priority": "priority", "sampler": "sampler"}
+FIELDS: Final = {
+    "strength": "strength",
+    "steps": "num_steps",
+    "guidance": "guidance",
+    "seed": "seed",
+    "negative_prompt": "negative_prompt",
+    "mask": "mask",
+    "width": "width",
+    "height": "height",
+}
+
+picture_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command(
+    short_help="Make a picture with a running service.",
+    epilog="\b\nExamples:\n"
+    '  img2img generate dog.png "a lion" -o lion.png --strength 0.9 --seed 1\n'
+    '  img2img generate "a lion" -o lion.webp              from the prompt alone\n'
+    '  img2img generate dog.png "a hat" --mask head.png    only the white part of the mask is drawn anew\n'
+    '  cat dog.png | img2img generate - "a lion" -o - > lion.png',
+)
+@click.argument("words", nargs=-1, required=True, metavar="[IMAGE] PROMPT")
+@click.option(
+    "--output",
+    "-o",
+    metavar="OUT",
+    default="picture.png",
+    show_default=True,
+    help="Where the picture goes; - is standard output. The suffix decides the format.",
+)
+@click.option("--strength", type=float, help="0 to 1; lower stays closer to IMAGE.  [default: 1]")
+@click.option("--steps", type=int, help="1 to 20.  [default: 20]")
+@click.option("--guidance", type=float, help="0 to 50; higher follows PROMPT more closely.  [default: 7.5]")
+@click.option("--seed", type=int, help="Makes a picture repeatable; drawn when not given.")
+@click.option("--negative-prompt", metavar="TEXT", help="What to avoid.")
+@click.option("--mask", type=picture_file, help="Which part of IMAGE to draw anew: its white one.")
+@click.option("--width", type=int, help="256 to 2048 pixels; without it what suits the model and IMAGE.")
+@click.option("--height", type=int, help="256 to 2048 pixels.")
+@click.option("--sampler", type=click.Choice(SAMPLERS), help="Without it the model's own.")
+@click.option("--format", "output_format", type=click.Choice(FORMATS), help="Wins over OUT's suffix.")
+@click.option("--deadline", type=float, metavar="SECONDS", help="Give up when not done by then.")
+@click.option("--priority", type=int, help="-10 to 10; higher goes first.  [default: 0]")
+@connection_options
+def generate(words: tuple[str, ...], output: str, output_format: str | None, **given: Any) -> None:
+    """Make a picture from PROMPT, starting from IMAGE if there is one (- reads standard input).
+
+    Needs a running service; `img2img up` starts one. Ctrl-C cancels the job.
+    """
+    connection = take_connection(given)
+    fields = request_fields(words, given)
+    output_format = output_format or SUFFIXES.get(Path(output).suffix.lower())
+    fields["options"] = job_options({**given, "output_format": output_format})
+    if output != "-" and not Path(output).absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {Path(output).parent}", param_hint="--output")
+    try:
+        with one_line_errors():
+            picture = asyncio.run(make(connection, fields))
+    except KeyboardInterrupt:
+        click.echo("Stopped: the job is canceled.", err=True)
+        raise SystemExit(INTERRUPTED) from None
+    if output == "-":
+        sys.stdout.buffer.write(picture.data)
+    else:
+        Path(output).write_bytes(picture.data)
+    click.echo(summary(output, picture), err=True)
+
+
+def request_fields(words: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """The request's fields from the command's arguments."""
+    if len(words) > 2:
+        raise click.UsageError('Give at most IMAGE and PROMPT; put a prompt of several words in quotes: "a lion"')
+    *image, prompt = words
+    fields: dict[str, Any] = {name: given[option] for option, name in FIELDS.items()}
+    fields["prompt"] = prompt
+    if image == ["-"]:
+        fields["image"] = sys.stdin.buffer.read()
+    elif image:
+        path = Path(image[0])
+        if not path.is_file():
+            raise click.BadParameter(f"there is no file {image[0]}", param_hint="IMAGE")
+        fields["image"] = path
+    elif Path(prompt).suffix and Path(prompt).is_file():
+        raise click.UsageError(f'{prompt} is a file: give a prompt after it, as in {prompt} "a lion"')
+    return fields
+
+
+def job_options(given: dict[str, Any]) -> Any:
+    from img2img.client import JobOptions, OutputFormat, Sampler
+
+    values = {name: given[option] for option, name in OPTIONS.items() if given[option] is not None}
+    if "sampler" in values:
+        values["sampler"] = Sampler(values["sampler"])
+    if given["output_format"]:
+        values["output_format"] = OutputFormat(given["output_format"])
+    return JobOptions(**values)
+
+
+async def make(connection: Connection, fields: dict[str, Any]) -> "Picture":
+    """Create the job, show how it goes on, and fetch the picture; being cancelled cancels the job."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from img2img.client import JobState, Picture
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    async with connection.open_async() as client:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            job = await _create(client, fields)
+            try:
+                await _follow(client, job.id, bar)
+            except asyncio.CancelledError:
+                await client.cancel(job.id)
+                raise
+        job = await client.get(job.id)
+        if job.state is not JobState.SUCCEEDED:
+            raise click.ClickException(failure(job))
+        return Picture(job, await client.result(job.id))
+
+
+async def _create(client: "AsyncClient", fields: dict[str, Any]) -> "JobInfo":
+    """Create the job; when cancelled meanwhile, cancel what may have been created already."""
+    creating = asyncio.create_task(client.create(**fields), name="create")
+    try:
+        return await asyncio.shield(creating)
+    except asyncio.CancelledError:
+        await client.cancel((await creating).id)
+        raise
+
+
+async def _follow(client: "AsyncClient", job_id: str, bar: "Progress") -> None:
+    """Show the place in the queue and then the steps, until the job has ended."""
+    task = bar.add_task("queued", total=None)
+    waiting = asyncio.create_task(_show_position(client, job_id, bar), name="show the queue position")
+    try:
+        async for event in client.watch(job_id):
+            if event.type != "queued":
+                waiting.cancel()
+            bar.update(task, **progress(event))
+    finally:
+        waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            await waiting
+
+
+async def _show_position(client: "AsyncClient", job_id: str, bar: "Progress") -> None:
+    """The event log does not tell when others leave the queue, so ask."""
+    from img2img.client import ClientError
+
+    while True:
+        with suppress(ClientError):  # the event stream will tell, if it lasts
+            job = await client.get(job_id)
+            if job.queue_position is not None:
+                bar.update(bar.task_ids[0], description=f"queued, {job.queue_position} ahead")
+        await asyncio.sleep(POSITION_SECONDS)
+
+
+def progress(event: "Event") -> dict[str, Any]:
+    """What the bar shows after ``event``."""
+    if event.steps:
+        described = f"{event.stage or 'step'} {event.step}/{event.steps}"
+        return {"description": described, "completed": event.step, "total": event.steps}
+    return {"description": (event.stage or event.type).replace("_", " ")}
+
+
+def failure(job: "JobInfo") -> str:
+    """Why there is no picture, in one line."""
+    if job.error is None:
+        return f"Job {job.id} is {job.state}"
+    return f"Job {job.id} {job.state}: {job.error.message} [{job.error.code}]"
+
+
+def summary(output: str, picture: "Picture") -> str:
+    """What was made and where the time went."""
+    job = picture.job
+    lines = [f"Warning: {warning}" for warning in job.warnings]
+    seconds = sum(job.timings.values())
+    stages = ", ".join(f"{stage.replace('_', ' ')} {value:.2f}" for stage, value in job.timings.items())
+    size = f"{job.width}x{job.height}, {len(picture.data):,} bytes"
+    name = "picture" if output == "-" else output
+    lines.append(f"{name}: {size}, seed {job.seed}, {seconds:.2f} s ({stages}), job {job.id}")
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""``img2img jobs``: what the service has to do and has done for your account."""
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from img2img.cli.connection import connection_options, one_line_errors, take_connection
+
+if TYPE_CHECKING:
+    from img2img.client import Client, Event, JobInfo
+
+STATES: Final = ("queued", "running", "succeeded", "failed", "canceled", "expired")
+MAX_PAGE: Final = 100
+PROMPT_WIDTH: Final = 48
+PIPE_WIDTH: Final = 160
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+@click.group(epilog="\b\nExamples:\n  img2img jobs list --state running\n  img2img jobs watch 0-0199…")
+def jobs() -> None:
+    """Look at jobs, and cancel them."""
+
+
+@jobs.command(
+    "list",
+    epilog="\b\nExamples:\n"
+    "  img2img jobs list\n"
+    "  img2img jobs list --state failed --limit 100\n"
+    "  img2img jobs list --json | jq -r .id",
+)
+@click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="The newest so many.")
+@json_option
+@connection_options
+def list_jobs(state: str | None, limit: int, as_json: bool, **given: Any) -> None:
+    """List your jobs, newest first; with --json one object a line."""
+    from img2img.client import JobState
+
+    with one_line_errors(), take_connection(given).open() as client:
+        found = _newest(client, JobState(state) if state else None, limit)
+    if as_json:
+        for job in found:
+            click.echo(_json(job))
+    else:
+        _print_table(found)
+
+
+@jobs.command(epilog="\b\nExample:\n  img2img jobs get 0-0199b3c4-… --json")
+@click.argument("job_id")
+@json_option
+@connection_options
+def get(job_id: str, as_json: bool, **given: Any) -> None:
+    """Show one job."""
+    with one_line_errors(), take_connection(given).open() as client:
+        _print_job(client.get(job_id), as_json)
+
+
+@jobs.command(epilog="\b\nExample:\n  img2img jobs cancel 0-0199b3c4-…")
+@click.argument("job_id")
+@json_option
+@connection_options
+def cancel(job_id: str, as_json: bool, **given: Any) -> None:
+    """Cancel a job, queued or running; one that has ended stays as it is."""
+    with one_line_errors(), take_connection(given).open() as client:
+        _print_job(client.cancel(job_id), as_json)
+
+
+@jobs.command(epilog="\b\nExamples:\n  img2img jobs watch 0-0199b3c4-…\n  img2img jobs watch 0-0199b3c4-… --json")
+@click.argument("job_id")
+@click.option("--after", type=click.IntRange(0), default=0, help="Leave out the events up to this number.")
+@json_option
+@connection_options
+def watch(job_id: str, after: int, as_json: bool, **given: Any) -> None:
+    """Follow a job's events until it ends; Ctrl-C stops watching, not the job."""
+    with one_line_errors(), take_connection(given).open() as client:
+        for event in client.watch(job_id, after=after):
+            click.echo(_json(event) if as_json else _event_line(event))
+
+
+def _newest(client: "Client", state: Any, limit: int) -> "list[JobInfo]":
+    found: list[JobInfo] = []
+    page = None
+    while len(found) < limit:
+        answer = client.list(state=state, limit=min(limit - len(found), MAX_PAGE), page=page)
+        found += answer.jobs
+        page = answer.next_page
+        if page is None:
+            break
+    return found
+
+
+def _json(value: Any) -> str:
+    import msgspec
+
+    return msgspec.json.encode(value).decode()
+
+
+def _print_table(found: "list[JobInfo]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("ID", "State", "Created", "Took", "Prompt", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for job in found:
+        # Text, because a prompt may hold what rich takes for markup.
+        table.add_row(job.id, _state(job), _clock(job.created_at), _took(job), Text(_prompt(job)))
+    console = Console()
+    console.print(table if found else "No jobs.", width=None if console.is_terminal else PIPE_WIDTH)
+
+
+def _print_job(job: "JobInfo", as_json: bool) -> None:
+    if as_json:
+        click.echo(_json(job))
+        return
+    rows = {
+        "id": job.id,
+        "state": _state(job),
+        "prompt": job.parameters.prompt,
+        "seed": job.seed,
+        "size": f"{job.width}x{job.height}" if job.width else "",
+        "created": _clock(job.created_at),
+        "took": _took(job),
+        "attempt": job.attempt,
+        "executed by": job.executed_by,
+        "timings": ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in job.timings.items()),
+        "warnings": "; ".join(job.warnings),
+        "error": f"{job.error.message} [{job.error.code}]" if job.error else "",
+    }
+    for name, value in rows.items():
+        if value != "":
+            click.echo(f"{name:<12} {value}")
+
+
+def _state(job: "JobInfo") -> str:
+    if job.queue_position is not None:
+        return f"{job.state}, {job.queue_position} ahead"
+    if job.steps and not job.state.is_terminal:
+        return f"{job.state} {job.step}/{job.steps}"
+    return job.state.value
+
+
+def _took(job: "JobInfo") -> str:
+    if job.finished_at is None:
+        return ""
+    return f"{(job.finished_at - job.created_at).total_seconds():.1f} s"
+
+
+def _prompt(job: "JobInfo") -> str:
+    text = " ".join(job.parameters.prompt.split())
+    return text if len(text) <= PROMPT_WIDTH else text[: PROMPT_WIDTH - 1] + "…"
+
+
+def _clock(at: datetime) -> str:
+    return at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _event_line(event: "Event") -> str:
+    words = [f"{event.sequence:>4}", event.at.astimezone().strftime("%H:%M:%S.%f")[:-3], event.type]
+    if event.stage:
+        words.append(event.stage)
+    if event.steps:
+        words.append(f"{event.step}/{event.steps}")
+    if event.error:
+        words.append(f"{event.error.message} [{event.error.code}]")
+    return " ".join(words)
