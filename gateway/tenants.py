@@ -1,0 +1,167 @@
+"""Who may use the service: one TOML file of accounts and the hashes of their keys.
+
+    [[tenants]]
+    account = "acme"
+    key_sha256 = ["<64 hexadecimal digits>"]
+
+Keys are looked up by their SHA-256. A look-up needs no constant-time comparison: what its timing could
+reveal is the beginning of a stored hash, and nobody can make a key whose hash begins as he likes without
+trying about as many keys as there are hashes with that beginning, and then still has not found a key.
+"""
+
+import hashlib
+import re
+import time
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Self
+
+import msgspec
+import structlog
+
+from img2img.errors import (
+    AccountMismatch,
+    ConfigurationError,
+    MissingCredentials,
+    NotFound,
+    Unauthenticated,
+)
+
+LOCAL_ACCOUNT: Final = "local"
+CHECK_INTERVAL: Final = 1.0  # seconds between looks at the file
+REMEDY: Final = "make an entry with `img2img keys new ACCOUNT`"
+
+_ACCOUNT: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_HASH: Final = re.compile(r"[0-9a-fA-F]{64}")
+_BEARER: Final = re.compile(r"bearer +(\S+) *", re.IGNORECASE)
+
+log = structlog.get_logger(__name__)
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One account of the file; several keys let one be replaced without an interruption."""
+
+    account: str
+    key_sha256: list[str]
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    tenants: list[Entry]
+
+
+class Tenants:
+    """The keys of a file, read again when the file changes; or no keys at all, for one machine."""
+
+    def __init__(self, path: Path | None, accounts: Mapping[str, str], version: tuple[int, ...] | None = None) -> None:
+        self._path = path
+        self._accounts = accounts
+        self._version = version
+        self._checked_at = time.monotonic()
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the file.
+
+        Raises:
+            ConfigurationError: names the file, the entry and the remedy.
+        """
+        version = _version(path)  # before reading, so that a change in between is seen later
+        return cls(path, _read(path), version)
+
+    @classmethod
+    def open_local(cls) -> Self:
+        """No keys: everybody is let in, under the account of the URL or as ``local``."""
+        return cls(None, {})
+
+    def account_of(self, key: str) -> str | None:
+        """The account that ``key`` belongs to, or None."""
+        self._refresh()
+        return self._accounts.get(hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest())
+
+    def authenticate(self, authorization: str | None, account: str | None = None) -> str:
+        """The account of a request; ``authorization`` is its header, ``account`` the one in its URL.
+
+        Raises:
+            NotFound: the URL's account cannot be one.
+            MissingCredentials: a key is needed and there is none.
+            Unauthenticated: the key is not known.
+            AccountMismatch: the key belongs to another account than the URL names.
+        """
+        if account is not None and not _ACCOUNT.fullmatch(account):
+            raise NotFound("No such account: an id has 1 to 64 letters, digits, '-' and '_'")
+        if self._path is None:
+            return account or LOCAL_ACCOUNT
+        bearer = _BEARER.fullmatch((authorization or "").strip())
+        if bearer is None:
+            raise MissingCredentials("Send your access key in the header 'Authorization: Bearer <key>'")
+        owner = self.account_of(bearer[1])
+        if owner is None:
+            raise Unauthenticated("The access key is not known: check it, or ask for a new one")
+        if account is not None and account != owner:
+            raise AccountMismatch("The access key belongs to another account than the URL names: use that one's")
+        return owner
+
+    def _refresh(self) -> None:
+        """Read a changed file. A broken one changes nothing, so that a slip of the pen locks nobody out."""
+        now = time.monotonic()
+        if self._path is None or now - self._checked_at < CHECK_INTERVAL:
+            return
+        self._checked_at = now
+        version = _version(self._path)
+        if version == self._version:
+            return
+        self._version = version
+        try:
+            self._accounts = _read(self._path)
+        except ConfigurationError as exc:
+            log.warning("tenants_file_ignored", error=str(exc), kept=len(self._accounts))
+        else:
+            log.info("tenants_file_read", keys=len(self._accounts))
+
+
+def bearer_from_headers(authorization: str | None, x_auth_key: str | None) -> str | None:
+    """The ``Authorization`` header, or one made of ``X-Auth-Key``, which Cloudflare's SDKs can send instead."""
+    if authorization is None and x_auth_key is not None:
+        return f"Bearer {x_auth_key}"
+    return authorization
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """What changes with every way of writing a file, a Kubernetes volume's switched link included."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _read(path: Path) -> dict[str, str]:
+    """Account by hash."""
+    try:
+        content = msgspec.convert(tomllib.loads(path.read_text("utf-8")), File)
+    except OSError as exc:
+        raise ConfigurationError(f"{path} cannot be read ({exc.strerror}): check IMG2IMG_TENANTS_FILE") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"{path} is not TOML: {exc}: {REMEDY}") from exc
+    except msgspec.ValidationError as exc:
+        raise ConfigurationError(f"{path}: {exc}: {REMEDY}") from exc
+    accounts: dict[str, str] = {}
+    for number, entry in enumerate(content.tenants, 1):
+        _add(accounts, entry, f"{path}: tenant {number} ({entry.account!r})")
+    if not accounts:
+        raise ConfigurationError(f"{path} has no tenants, so nobody could use the service: {REMEDY}")
+    return accounts
+
+
+def _add(accounts: dict[str, str], entry: Entry, where: str) -> None:
+    if not _ACCOUNT.fullmatch(entry.account):
+        raise ConfigurationError(f"{where}: an account id has 1 to 64 letters, digits, '-' and '_': rename it")
+    if not entry.key_sha256:
+        raise ConfigurationError(f"{where}: key_sha256 is empty: {REMEDY}, or remove the tenant")
+    for number, digest in enumerate(entry.key_sha256, 1):
+        if not _HASH.fullmatch(digest):
+            raise ConfigurationError(f"{where}: key {number} is no SHA-256 of 64 hexadecimal digits: {REMEDY}")
+        owner = accounts.setdefault(digest.lower(), entry.account)
+        if owner != entry.account:
+            raise ConfigurationError(f"{where}: key {number} belongs to {owner!r} too: remove it from one of them")
