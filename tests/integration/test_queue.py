@@ -1,0 +1,382 @@
+"""The queue's promises, on a real server: one transition at a time."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+from arq.connections import ArqRedis
+from arq.jobs import Job as ArqJob
+from arq.jobs import JobStatus
+
+from img2img.errors import ConfigurationError, IdempotencyConflict, JobNotFound, LeaseLost, NoCapacity, Unavailable
+from img2img.events import EventHub
+from img2img.jobs import Failure, JobSpec, JobState, Outcome, Running, Stage, StopReason
+from img2img.queue import Claim, Join, JobQueue, Lifetime, Waiter, WorkerInfo
+from img2img.requests import build_request
+from img2img.server import check_server, open_redis
+
+LEASE = 6.0
+KEEP = 60.0
+INDEXES = (b"ready:", b"delayed:", b"leases:", b"expiry:", b"abandon:", b"workers:", b"worker-info:", b"wake:")
+SUCCEEDED = Outcome(state=JobState.SUCCEEDED)
+
+
+@pytest.fixture
+async def redis(valkey_url: str) -> AsyncIterator[ArqRedis]:
+    """An empty server; afterwards no key may be left without a time to live, but for the documented indexes."""
+    async with open_redis(valkey_url) as connection:
+        await connection.flushall()
+        yield connection
+        for key in await connection.keys("*"):
+            name = key.partition(b"}:")[2]
+            if key.startswith(b"arq:queue:") or name in (b"fence", b"discard") or name.startswith(INDEXES):
+                continue
+            assert await connection.pttl(key) > 0, f"{key!r} never expires"
+
+
+@pytest.fixture
+def queue(redis: ArqRedis) -> JobQueue:
+    return JobQueue(redis, attempts=2)
+
+
+def spec(queue: JobQueue, account: str = "acme", options: dict[str, Any] | None = None, **fields: Any) -> JobSpec:
+    checked = build_request({"prompt": "a dog", **fields}, options)
+    return JobSpec(
+        id=queue.new_id(),
+        account=account,
+        parameters=checked.parameters,
+        options=checked.options,
+        seed=1,
+        fingerprint=checked.fingerprint(),
+    )
+
+
+async def submit(queue: JobQueue, seconds: float = 60.0, options: dict[str, Any] | None = None, **more: Any) -> str:
+    return (await queue.submit(spec(queue, options=options), Lifetime(seconds, KEEP), **more)).id
+
+
+async def claim_one(queue: JobQueue, lease: float = LEASE, worker: str = "w1") -> Claim:
+    claims, _ = await queue.claim(worker, 1, lease)
+    return claims[0]
+
+
+async def event_types(queue: JobQueue, job_id: str) -> list[str]:
+    async with EventHub(queue) as hub, hub.follow(job_id) as follower:
+        return [event.type for event in await follower.read()]
+
+
+async def test_a_job_goes_from_submit_to_success(queue: JobQueue) -> None:
+    """Submit, claim, report, finish; the record and the log tell the same story."""
+    job_id = await submit(queue)
+    assert (await queue.get(job_id)).queue_position == 0
+    claim = await claim_one(queue)
+    assert (claim.id, claim.attempt) == (job_id, 1)
+    assert await queue.report(claim, Running(executed_by="w1", stage=Stage.STEPS, step=1, steps=20)) is None
+    await queue.finish(claim, SUCCEEDED)
+    job = await queue.get(job_id)
+    assert job.state == JobState.SUCCEEDED
+    assert job.running is not None
+    assert job.running.step == 1
+    assert await event_types(queue, job_id) == ["queued", "running", "progress", "succeeded"]
+
+
+async def test_finishing_twice_changes_nothing(queue: JobQueue) -> None:
+    """A finish whose answer was lost may be sent again."""
+    job_id = await submit(queue)
+    claim = await claim_one(queue)
+    await queue.finish(claim, SUCCEEDED)
+    await queue.finish(claim, Outcome(state=JobState.FAILED))
+    assert (await queue.get(job_id)).state == JobState.SUCCEEDED
+
+
+async def test_submitting_the_same_id_twice_makes_one_job(queue: JobQueue) -> None:
+    """A submit whose answer was lost may be sent again."""
+    one = spec(queue)
+    await queue.submit(one, Lifetime(60, KEEP))
+    await queue.submit(one, Lifetime(60, KEEP))
+    assert (await queue.stats()).queued == 1
+
+
+async def test_an_expired_lease_gives_the_job_back_and_fences_its_holder(queue: JobQueue) -> None:
+    """A worker that stopped for longer than its lease can write nothing any more."""
+    job_id = await submit(queue)
+    stale = await claim_one(queue, lease=0.001)
+    await asyncio.sleep(0.01)
+    fresh = await claim_one(queue, worker="w2")
+    assert (fresh.id, fresh.attempt) == (job_id, 2)
+    assert fresh.fence > stale.fence
+    with pytest.raises(LeaseLost):
+        await queue.finish(stale, SUCCEEDED)
+    with pytest.raises(LeaseLost):
+        await queue.release(stale, Failure("engine_failed", "x"), spent=True)
+    assert await queue.report(stale, Running(executed_by="w1")) == StopReason.LEASE_LOST
+    await queue.finish(fresh, SUCCEEDED)
+    assert await event_types(queue, job_id) == ["queued", "running", "queued", "running", "succeeded"]
+
+
+async def test_a_job_whose_workers_all_die_fails(queue: JobQueue) -> None:
+    """Attempts are limited, and the last lost one ends the job with a reason."""
+    job_id = await submit(queue)
+    for _ in range(2):
+        await claim_one(queue, lease=0.001)
+        await asyncio.sleep(0.01)
+    assert await queue.claim("w3", 1, LEASE) == ([], None)
+    job = await queue.get(job_id)
+    assert job.state == JobState.FAILED
+    assert job.outcome is not None
+    assert job.outcome.error is not None
+    assert job.outcome.error.code == "worker_lost"
+
+
+async def test_a_beat_keeps_the_lease(queue: JobQueue) -> None:
+    """A claim that is beaten for stays; one that is not held any more is told so."""
+    await submit(queue)
+    claim = await claim_one(queue, lease=0.2)
+    info = WorkerInfo("w1", 1, "fake", "fake", "cpu")
+    assert await queue.beat(info, [claim], lease=LEASE, ttl=LEASE) == {}
+    await asyncio.sleep(0.25)
+    assert (await queue.claim("w2", 1, LEASE))[0] == []
+    gone = msgspec.structs.replace(claim, fence=claim.fence + 1)
+    assert await queue.beat(info, [gone], lease=LEASE, ttl=LEASE) == {claim.id: StopReason.LEASE_LOST}
+
+
+async def test_a_released_job_keeps_its_place(queue: JobQueue) -> None:
+    """An interrupted job is run before jobs that were submitted after it, and loses no attempt."""
+    first = await submit(queue)
+    claim = await claim_one(queue)
+    await submit(queue)
+    await queue.release(claim, Failure("interrupted", "shutdown"), spent=False)
+    assert (await claim_one(queue)).id == first
+
+
+async def test_a_failed_attempt_waits_for_its_delay(queue: JobQueue) -> None:
+    """Back-off: the job is not handed out before it is due, and the worker is told when that is."""
+    job_id = await submit(queue)
+    await queue.release(await claim_one(queue), Failure("engine_failed", "x"), spent=True, delay=0.05)
+    claims, due = await queue.claim("w1", 1, LEASE)
+    assert claims == []
+    assert due is not None
+    assert due <= 0.05
+    await asyncio.sleep(0.06)
+    assert (await claim_one(queue)).id == job_id
+
+
+async def test_attempts_are_counted_by_failures(queue: JobQueue) -> None:
+    """The last failed attempt ends the job with its error; interruptions before it did not count."""
+    job_id = await submit(queue)
+    await queue.release(await claim_one(queue), Failure("interrupted", "x"), spent=False)
+    await queue.release(await claim_one(queue), Failure("engine_failed", "first"), spent=True)
+    await queue.release(await claim_one(queue), Failure("engine_failed", "second"), spent=True)
+    job = await queue.get(job_id)
+    assert (job.state, job.attempt) == (JobState.FAILED, 3)
+    assert job.outcome is not None
+    assert job.outcome.error == Failure("engine_failed", "second")
+
+
+async def test_cancel_in_every_state(queue: JobQueue) -> None:
+    """A queued job ends at once, a running one's worker is told, an ended one stays as it is."""
+    queued = await submit(queue)
+    assert await queue.cancel(queued) == JobState.CANCELED
+    assert await queue.cancel(queued) == JobState.CANCELED
+    running = await submit(queue)
+    claim = await claim_one(queue)
+    assert await queue.cancel(running) == JobState.RUNNING
+    assert await queue.next_stop("w1", 1) == (running, StopReason.USER)
+    assert await queue.report(claim, Running(executed_by="w1")) == StopReason.USER
+    await queue.finish(claim, Outcome(state=JobState.CANCELED))
+    assert (await queue.get(running)).state == JobState.CANCELED
+    with pytest.raises(JobNotFound):
+        await queue.cancel("0-nothing")
+
+
+async def test_a_canceled_job_is_not_run_again_when_its_worker_dies(queue: JobQueue) -> None:
+    """The wish to stop survives the worker that was told."""
+    job_id = await submit(queue)
+    await claim_one(queue, lease=0.001)
+    await queue.cancel(job_id)
+    await asyncio.sleep(0.01)
+    assert (await queue.claim("w2", 1, LEASE))[0] == []
+    assert (await queue.get(job_id)).state == JobState.CANCELED
+
+
+async def test_an_expired_job_never_starts(queue: JobQueue) -> None:
+    """A claim and a sweep both end it."""
+    for look in (queue.sweep, lambda: queue.claim("w1", 1, LEASE)):
+        job_id = await submit(queue, seconds=0.001)
+        await asyncio.sleep(0.01)
+        await look()
+        assert (await queue.get(job_id)).state == JobState.EXPIRED
+
+
+async def test_priority_is_a_head_start(queue: JobQueue) -> None:
+    """A higher priority overtakes what was submitted shortly before it."""
+    low, normal, high = [await submit(queue, options={"priority": value}) for value in (-1, 0, 1)]
+    assert [(await claim_one(queue)).id for _ in range(3)] == [high, normal, low]
+
+
+async def test_idempotency_and_conflict(queue: JobQueue) -> None:
+    """The same key and body give the first job, another body is refused, another key is another job."""
+    join = Join("key:acme:k", "idempotency", 60_000)
+    first = await submit(queue, join=join)
+    assert await submit(queue, join=join) == first
+    assert await submit(queue, join=Join("key:acme:other", "idempotency", 60_000)) != first
+    with pytest.raises(IdempotencyConflict):
+        await queue.submit(spec(queue, prompt="a cat"), Lifetime(60, KEEP), join=join)
+
+
+async def test_only_a_retry_joins_a_call(queue: JobQueue) -> None:
+    """Two equal first calls are two jobs; a retry joins the later one, unless that has failed."""
+    first, retry = Join("call:acme:f", "first", 60_000), Join("call:acme:f", "retry", 60_000)
+    one = await submit(queue, join=first)
+    two = await submit(queue, join=first)
+    assert one != two
+    assert await submit(queue, join=retry) == two
+    await queue.cancel(two)
+    assert await submit(queue, join=retry) not in (one, two)
+
+
+async def test_reject_if_busy_counts_free_slots(queue: JobQueue) -> None:
+    """No worker, or as many jobs as slots: refused. A free slot: accepted."""
+    busy = {"reject_if_busy": True}
+    with pytest.raises(NoCapacity):
+        await submit(queue, options=busy)
+    await queue.beat(WorkerInfo("w1", 1, "fake", "fake", "cpu"), [], lease=LEASE, ttl=LEASE)
+    await submit(queue, options=busy)
+    with pytest.raises(NoCapacity):
+        await submit(queue, options=busy)
+
+
+async def test_the_last_waiter_to_leave_starts_the_grace_period(queue: JobQueue) -> None:
+    """With two waiters one may go; after the last, the job ends when its grace is over."""
+    one, two = Waiter("one", 60_000, 20), Waiter("two", 60_000, 20)
+    job_id = await submit(queue, waiter=one)
+    await queue.wait_for(job_id, two)
+    await queue.leave(job_id, one)
+    await asyncio.sleep(0.03)
+    await queue.sweep()
+    assert (await queue.get(job_id)).state == JobState.QUEUED
+    await queue.leave(job_id, two)
+    await asyncio.sleep(0.03)
+    await queue.sweep()
+    job = await queue.get(job_id)
+    assert (job.state, job.stop_requested) == (JobState.CANCELED, StopReason.DISCONNECT)
+
+
+async def test_a_job_without_waiters_needs_none(queue: JobQueue) -> None:
+    """Only jobs of synchronous calls end when nobody waits."""
+    job_id = await submit(queue)
+    await queue.leave(job_id, Waiter("one", 1, 1))
+    await queue.sweep()
+    assert (await queue.get(job_id)).state == JobState.QUEUED
+
+
+async def test_pages_of_an_account(queue: JobQueue) -> None:
+    """Newest first, without gaps or doubles over pages; other accounts' jobs are not there."""
+    mine = [await submit(queue) for _ in range(5)]
+    await queue.submit(spec(queue, account="other"), Lifetime(60, KEEP))
+    await queue.cancel(mine[1])
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page = await queue.list_jobs("acme", cursor=cursor, limit=2)
+        seen += [job.id for job in page.jobs]
+        if (cursor := page.next) is None:
+            break
+    assert seen == mine[::-1]
+    only = await queue.list_jobs("acme", state=JobState.CANCELED, limit=2)
+    assert [job.id for job in only.jobs] == [mine[1]]
+    with pytest.raises(JobNotFound):
+        await queue.get(mine[0], account="other")
+
+
+async def test_arq_answers_for_our_jobs(queue: JobQueue, redis: ArqRedis) -> None:
+    """``arq.jobs.Job`` knows status, definition and result, in JSON instead of pickle."""
+    job_id = await submit(queue)
+    arq_job = ArqJob("{0}" + job_id[1:], redis, queue.alive_key, msgspec.json.decode)
+    assert await arq_job.status() == JobStatus.queued
+    info = await arq_job.info()
+    assert info is not None
+    assert (info.function, list(info.args)) == ("generate", [job_id])
+    claim = await claim_one(queue)
+    assert await arq_job.status() == JobStatus.in_progress
+    await queue.finish(claim, SUCCEEDED)
+    assert await arq_job.status() == JobStatus.complete
+    assert msgspec.json.decode(await arq_job.result(timeout=1))["state"] == "succeeded"
+
+
+async def test_a_follower_misses_nothing(queue: JobQueue) -> None:
+    """Events come in order and without gaps, also to one who resumes in the middle."""
+    job_id = await submit(queue)
+    async with EventHub(queue) as hub, hub.follow(job_id) as all_of_it, hub.follow(job_id, after=2) as rest:
+        claim = await claim_one(queue)
+        for step in range(5):
+            await queue.report(claim, Running(executed_by="w1", step=step, steps=5))
+        await queue.finish(claim, SUCCEEDED)
+        for follower, first in ((all_of_it, 1), (rest, 3)):
+            seen: list[int] = []
+            while not seen or seen[-1] < 8:
+                seen += [event.seq for event in await follower.next(10)]
+            assert seen == list(range(first, 9))
+
+
+async def test_a_lost_subscription_is_caught_up(queue: JobQueue, redis: ArqRedis) -> None:
+    """When the server drops every pub/sub connection, the hub subscribes again and reads what it missed."""
+    job_id = await submit(queue)
+    async with EventHub(queue) as hub, hub.follow(job_id) as follower:
+        assert [event.type for event in await follower.next(10)] == ["queued"]
+        await redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+        await queue.cancel(job_id)
+        events = []
+        while not events:
+            events = await follower.next(10)
+        assert [event.type for event in events] == ["canceled"]
+
+
+async def test_waking(queue: JobQueue) -> None:
+    """A submit wakes a worker that sleeps; without one it sleeps no longer than asked."""
+    sleeper = asyncio.create_task(queue.wait_for_work(30))
+    await submit(queue)
+    await asyncio.wait_for(sleeper, 10)
+    await queue.wait_for_work(0.01)
+
+
+async def test_ended_jobs_leave_nothing_but_their_record(queue: JobQueue, redis: ArqRedis) -> None:
+    """Indexes are empty again after every job has ended."""
+    for outcome in (SUCCEEDED, Outcome(state=JobState.FAILED)):
+        await submit(queue, waiter=Waiter("one", 60_000, 20))
+        await queue.finish(await claim_one(queue), outcome)
+    await queue.cancel(await submit(queue))
+    for index in ("ready", "delayed", "leases", "expiry", "abandon"):
+        assert await redis.exists(f"{queue.prefix}{index}:default") == 0, index
+    assert await redis.exists(queue.alive_key) == 0
+
+
+async def test_a_server_that_would_drop_keys_is_refused(redis: ArqRedis) -> None:
+    """Any maxmemory-policy but noeviction stops the start."""
+    await redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(ConfigurationError, match="noeviction"):
+            await check_server(redis)
+    finally:
+        await redis.config_set("maxmemory-policy", "noeviction")
+    await check_server(redis)
+
+
+async def test_an_unreachable_server_is_named() -> None:
+    """Connection errors come out as Unavailable, whatever redis-py called them."""
+    async with open_redis("redis://127.0.0.1:1/0") as nowhere:
+        with pytest.raises(Unavailable):
+            await JobQueue(nowhere).submit(spec(JobQueue(nowhere)), Lifetime(1, 1))
+
+
+async def test_ids_sort_by_time() -> None:
+    """uuid7 behind the shard's number."""
+    first = JobQueue.new_id()
+    deadline = time.time_ns() + 2_000_000
+    while time.time_ns() < deadline:
+        pass
+    assert first < JobQueue.new_id()
+    assert first.startswith("0-")
