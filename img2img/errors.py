@@ -1,36 +1,37 @@
 """Every error the service reports, each with one stable ``code`` a program can match on.
 
-    Img2ImgError                    internal
-    ├── InvalidRequest              invalid_request       a field breaks the contract
-    │   └── InvalidImage            invalid_image         the bytes are no picture we take
-    ├── MalformedBody               malformed_body        the body cannot be parsed at all
-    ├── MissingBody                 missing_body
-    ├── RequestTooLarge             request_too_large
-    ├── Unauthenticated             unauthenticated
-    ├── MissingCredentials          missing_credentials
-    ├── AccountMismatch             account_mismatch      the key belongs to another account
-    ├── NotFound                    not_found             no such route
-    ├── JobNotFound                 job_not_found
-    ├── ModelNotFound               model_not_found
-    │   └── ModelNameInvalid        model_name_invalid
-    ├── IdempotencyConflict         idempotency_conflict  same key, another body
-    ├── ResultNotReady              result_not_ready
-    ├── ResultGone                  result_gone           past its retention
-    ├── NoCapacity                  no_capacity           nobody is free right now
-    ├── TooManyBytesInFlight        too_many_bytes_in_flight
-    ├── WaitTimeout                 wait_timeout          not finished within the wait
-    ├── ClientClosed                client_closed
-    ├── Unavailable                 unavailable           the queue server cannot be reached
-    ├── ConfigurationError          configuration         refused at start-up
-    ├── LeaseLost                   lease_lost            a worker's claim was taken over
-    └── JobError                    why a job ended without a picture
-        ├── EngineFailed            engine_failed         worth another attempt
-        ├── ModelRefused            model_refused         the same input fails again
-        ├── InputGone               input_gone            its input was deleted before it ran
-        ├── AttemptTimeout          attempt_timeout       one attempt took longer than allowed
-        ├── WorkerLost              worker_lost           every attempt's worker died
-        ├── JobCanceled             canceled
-        └── JobExpired              expired               its deadline passed
+    Img2ImgError                      internal
+    ├── InvalidRequest                invalid_request       a field breaks the contract
+    │   └── InvalidImage              invalid_image         the bytes are no picture we take
+    ├── MalformedBody                 malformed_body        the body cannot be parsed at all
+    ├── MissingBody                   missing_body
+    ├── RequestTooLarge               request_too_large
+    ├── Unauthenticated               unauthenticated
+    │   ├── MissingCredentials        missing_credentials
+    │   └── AccountMismatch           account_mismatch      the key belongs to another account
+    ├── NotFound                      not_found             no such route
+    │   ├── JobNotFound               job_not_found
+    │   └── ModelNotFound             model_not_found
+    │       └── ModelNameInvalid      model_name_invalid
+    ├── IdempotencyConflict           idempotency_conflict  same key, another body
+    ├── ResultNotReady                result_not_ready
+    ├── ResultGone                    result_gone           past its retention
+    ├── Retryable                     -                     goes away by itself; says when to try again
+    │   ├── NoCapacity                no_capacity           nobody is free right now
+    │   ├── TooManyBytesInFlight      too_many_bytes_in_flight
+    │   ├── Unavailable               unavailable           the queue server cannot be reached
+    │   └── WaitTimeout               wait_timeout          not finished within the wait
+    ├── ClientClosed                  client_closed
+    ├── ConfigurationError            configuration         refused at start-up
+    ├── LeaseLost                     lease_lost            a worker's claim was taken over
+    └── JobError                      job_failed            why a job ended without a picture
+        ├── EngineFailed              engine_failed         worth another attempt
+        ├── ModelRefused              model_refused         the same input fails again
+        ├── InputGone                 input_gone            its input was deleted before it ran
+        ├── AttemptTimeout            attempt_timeout       one attempt took longer than allowed
+        ├── WorkerLost                worker_lost           every attempt's worker died
+        ├── JobCanceled               canceled
+        └── JobExpired                expired               its deadline passed
 
 Third-party errors are translated at the edge that meets them, ``from exc``. Each front end has one
 table from class to status, and a test walks this tree to prove the tables complete.
@@ -129,6 +130,8 @@ class ResultGone(Img2ImgError):
 
 class Retryable(Img2ImgError):
     """An error that goes away by itself; ``retry_after`` is the wait in seconds to advise."""
+
+    retry_after: float = 1.0  # for those that error_of makes
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
