@@ -69,7 +69,13 @@ def bind_http(settings: Settings) -> socket.socket:
 
 
 def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
-    traced = OpenTelemetryMiddleware(app, excluded_urls=UNTRACED, exclude_spans=["receive", "send"])
+    traced = OpenTelemetryMiddleware(
+        app,
+        excluded_urls=UNTRACED,
+        exclude_spans=["receive", "send"],
+        # Until the route is known the method is all that may name a span: paths hold ids.
+        default_span_details=lambda scope: (scope["method"], {}),
+    )
     config = uvicorn.Config(
         traced,
         http="httptools",

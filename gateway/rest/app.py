@@ -1,10 +1,13 @@
 """The REST application: routes, shared state and the handlers of last resort."""
 
 import importlib.metadata
+import re
+from typing import Final
 
 from litestar import Litestar, Response
 from litestar.di import Provide
 from litestar.exceptions import HTTPException
+from opentelemetry import trace
 
 from gateway.rest import envelope, problems
 from gateway.rest.bodies import ByteBudget
@@ -18,7 +21,8 @@ from gateway.tenants import Tenants
 from img2img.errors import Img2ImgError
 from img2img.settings import Settings
 
-CLOUDFLARE_PREFIX = "/client/v4"
+CLOUDFLARE_PREFIX: Final = "/client/v4"
+ROUTE_TYPES: Final = re.compile(r":\w+(?=})")
 
 
 def build_app(service: JobService, tenants: Tenants, settings: Settings) -> Litestar:
@@ -35,6 +39,7 @@ def build_app(service: JobService, tenants: Tenants, settings: Settings) -> Lite
         openapi_config=openapi_config(importlib.metadata.version("img2img")),
         # The routes bound bodies themselves, while they arrive, with errors in their own dialect.
         request_max_body_size=None,
+        before_request=_name_span,
         logging_config=None,
     )
 
@@ -44,3 +49,10 @@ def _on_http_exception(request: AnyRequest, error: HTTPException) -> Response[by
     if request.url.path.startswith(CLOUDFLARE_PREFIX):
         return envelope.on_http_exception(request, error)
     return problems.on_http_exception(request, error)
+
+
+def _name_span(request: AnyRequest) -> None:
+    """The server span is named by the route, not by the path with its ids."""
+    span, route = trace.get_current_span(), request.scope["path_template"]
+    span.update_name(f"{request.method} {ROUTE_TYPES.sub('', route)}")
+    span.set_attribute("http.route", ROUTE_TYPES.sub("", route))
