@@ -119,13 +119,14 @@ def check_model(name: str) -> None:
 def _order(request: AnyRequest, account: str, body: object) -> Order:
     asked = body.get("options") if isinstance(body, dict) else None
     busy = isinstance(asked, dict) and asked.get("rejectIfBusy") is True
+    tries = request.headers.get(RETRY_HEADER, "")
     return Order(
         front_end="cloudflare",
         account=account,
         body=body,
         options={"reject_if_busy": True} if busy else None,
         idempotency_key=idempotency_key(request),
-        retry=request.headers.get(RETRY_HEADER, "0") not in ("", "0"),
+        retry=tries.isdecimal() and tries.strip("0") != "",
     )
 
 

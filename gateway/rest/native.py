@@ -1,5 +1,6 @@
 """The native jobs API under ``/v1``."""
 
+import re
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -23,6 +24,10 @@ from img2img.queue import QueueStats
 
 MAX_PAGE: Final = 100
 JOB_HEADER: Final = "img2img-job-id"
+MAX_EVENT: Final = 2**63 - 1
+"""The server's streams count no further; asking beyond it would be an error of its own."""
+EVENT_DIGITS: Final = 19
+_CURSOR: Final = re.compile(r"\d+-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 Wait = Annotated[float, Parameter(ge=0, description="Wait up to this many seconds for the job to end.")]
 JobId = Annotated[str, Parameter(description="The job's id.")]
@@ -92,6 +97,8 @@ class JobsController(Controller):
     ) -> JobList:
         """List the account's jobs, newest first."""
         account = front.authenticate(request)
+        if cursor is not None and _CURSOR.fullmatch(cursor) is None:
+            raise InvalidRequest("cursor", "'cursor' must be the 'next' of an earlier page")
         page = await front.service.list_jobs(account, state=only, cursor=cursor, limit=limit)
         return JobList([job_view(job) for job in page.jobs], page.next)
 
@@ -107,15 +114,13 @@ class JobsController(Controller):
         request: AnyRequest,
         front: Front,
         job_id: JobId,
-        after: Annotated[int, Parameter(ge=0, description="Sequence number of the last event seen.")] = 0,
+        after: Annotated[int, Parameter(ge=0, le=MAX_EVENT, description="Sequence number of the last event seen.")] = 0,
     ) -> ServerSentEvent:
         """Stream the job's events until it has ended; `Last-Event-ID` resumes without a gap."""
         account = front.authenticate(request)
-        last_seen = request.headers.get("last-event-id", "")
-        if last_seen and not last_seen.isdecimal():
-            raise InvalidRequest("last-event-id", "'Last-Event-ID' must be the number of an event")
+        last_seen = _last_event(request)
         await front.service.get(account, job_id)
-        return ServerSentEvent(_messages(front, account, job_id, int(last_seen or after)))
+        return ServerSentEvent(_messages(front, account, job_id, after if last_seen is None else last_seen))
 
     @get(
         "/jobs/{job_id:str}/image",
@@ -152,6 +157,20 @@ async def _messages(front: Front, account: str, job_id: str, after: int) -> Asyn
         for event in events:
             data = msgspec.json.encode(event_view(event)).decode()
             yield ServerSentEventMessage(data=data, event=event.type, id=event.seq)
+
+
+def _last_event(request: AnyRequest) -> int | None:
+    """The ``Last-Event-ID`` header, which a browser sends when it connects again.
+
+    Raises:
+        InvalidRequest: it is not the number of an event.
+    """
+    value = request.headers.get("last-event-id", "")
+    if not value:
+        return None
+    if not (value.isascii() and value.isdecimal()) or len(value) > EVENT_DIGITS or int(value) > MAX_EVENT:
+        raise InvalidRequest("last-event-id", "'Last-Event-ID' must be the number of an event")
+    return int(value)
 
 
 def picture_response(picture: Picture, headers: dict[str, str] | None = None) -> Response[bytes]:

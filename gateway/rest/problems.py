@@ -42,6 +42,8 @@ STATUS: Final[dict[type[Img2ImgError], int]] = {
     errors.JobExpired: 408,
 }
 TITLES: Final = {499: "Client Closed Request"}
+PARAMETER_NAMES: Final = {"only": "state"}
+"""Query parameters whose own names Litestar keeps for itself."""
 
 log = structlog.get_logger(__name__)
 
@@ -82,13 +84,23 @@ def on_img2img_error(_: AnyRequest, error: Img2ImgError) -> Response[bytes]:
 def on_http_exception(request: AnyRequest, error: HTTPException) -> Response[bytes]:
     """Litestar's own refusals: unknown routes, wrong methods, parameters of the wrong form."""
     headers = {name.lower(): value for name, value in (error.headers or {}).items()} | {CODE_HEADER: "http"}
-    extra: Any = error.extra
     if error.status_code == HTTPStatus.NOT_FOUND:
         return problem(errors.NotFound(f"No route {request.method} {request.url.path}: see /schema"))
-    if error.status_code == HTTPStatus.BAD_REQUEST and isinstance(extra, list) and extra:
-        name = str(extra[0].get("key", ""))
-        return problem(InvalidRequest(name, f"'{name}': {extra[0].get('message', error.detail)}"))
+    if (wrong := wrong_parameter(error)) is not None:
+        return problem(wrong)
     return _respond(error.status_code, error.detail, "http", headers)
+
+
+def wrong_parameter(error: HTTPException) -> InvalidRequest | None:
+    """What Litestar refused about a query parameter, or None if it refused something else."""
+    if error.status_code != HTTPStatus.BAD_REQUEST:
+        return None
+    extra: Any = error.extra
+    if not (isinstance(extra, list) and extra):
+        return InvalidRequest("", error.detail)
+    name = str(extra[0].get("key", ""))
+    name = PARAMETER_NAMES.get(name, name)
+    return InvalidRequest(name, f"'{name}': {extra[0].get('message', error.detail)}")
 
 
 def on_unexpected(request: AnyRequest, error: Exception) -> Response[bytes]:
