@@ -1,0 +1,167 @@
+"""The engine as a worker uses it: asynchronous, cancelled at any time, never on the event loop."""
+
+import asyncio
+import threading
+import time
+from contextlib import aclosing
+
+import pytest
+from engine_helpers import collect, task_of, until
+
+from img2img.errors import ConfigurationError, EngineFailed
+from img2img.jobs import Stage
+from worker.engines import base
+from worker.engines.base import EngineInfo, Pictures, Progress
+from worker.engines.diffusion import DiffusionEngine, engine
+from worker.engines.diffusion.model import DiffusionModel
+
+LONG = {"num_steps": 500, "width": 64, "height": 64}
+
+
+@pytest.fixture
+async def opened(tiny_4_channel_folder):
+    async with DiffusionEngine(str(tiny_4_channel_folder), "cpu") as diffusion:
+        yield diffusion
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[str]:
+    """The name of the thread of every UNet forward."""
+    threads: list[str] = []
+    predict_noise = DiffusionModel.predict_noise
+
+    def record(*args):
+        threads.append(threading.current_thread().name)
+        return predict_noise(*args)
+
+    monkeypatch.setattr(DiffusionModel, "predict_noise", record)
+    return threads
+
+
+async def test_a_picture_from_the_bundled_model(dog):
+    async with DiffusionEngine("emoji-sd", "cpu") as diffusion:
+        assert diffusion.info == EngineInfo("diffusion", "emoji-sd", "cpu", (256, 256))
+
+        outputs = await collect(diffusion.generate(task_of(), Pictures(dog)))
+
+    assert [item.step for item in outputs if isinstance(item, Progress) and item.stage == Stage.STEPS] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert isinstance(outputs[-1], base.Image)
+    assert outputs[-1].picture.size == (256, 256)
+
+
+async def test_the_model_runs_in_one_thread_of_its_own(opened, forwards):
+    tasks = [collect(opened.generate(task_of(width=64, height=64, seed=seed), Pictures())) for seed in (1, 2)]
+
+    await asyncio.gather(*tasks)
+
+    assert set(forwards) == {"diffusion_0"}
+
+
+async def test_the_event_loop_stays_free(opened):
+    longest, running = 0.0, True
+
+    async def watch():
+        nonlocal longest
+        while running:
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - before)
+
+    watcher = asyncio.create_task(watch())
+    await collect(opened.generate(task_of(num_steps=40, width=64, height=64), Pictures()))
+    running = False
+    await watcher
+
+    assert longest < 0.1
+
+
+async def test_aclose_stops_within_one_step(opened, forwards):
+    async with aclosing(opened.generate(task_of(**LONG), Pictures())) as outputs:
+        async for item in outputs:
+            if item == Progress(Stage.STEPS, 3, 500):
+                break
+        before = len(forwards)
+    after = len(forwards)
+    await asyncio.sleep(0.1)
+
+    assert after - before <= 2
+    assert len(forwards) == after
+
+
+async def test_aclose_before_the_first_item_and_twice(opened, forwards):
+    outputs = opened.generate(task_of(), Pictures())
+    await outputs.aclose()
+    await outputs.aclose()
+
+    assert forwards == []
+
+
+async def test_cancelling_the_consumer_waits_until_the_thread_has_stopped(opened, forwards):
+    consumer = asyncio.create_task(collect(opened.generate(task_of(**LONG), Pictures())))
+    await until(lambda: len(forwards) > 2)
+
+    consumer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await consumer
+    after = len(forwards)
+    await asyncio.sleep(0.1)
+
+    assert len(forwards) == after
+
+
+async def test_a_task_cancelled_while_it_waits_never_starts(opened, forwards):
+    first = asyncio.create_task(collect(opened.generate(task_of(**LONG), Pictures())))
+    await until(lambda: len(forwards) > 0)
+    second = asyncio.create_task(collect(opened.generate(task_of(**LONG, prompt="second"), Pictures())))
+    await asyncio.sleep(0.01)
+
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(1):
+            await second
+
+    assert not first.done()
+    first.cancel()
+    await asyncio.wait([first])
+
+
+async def test_the_next_task_runs_after_one_was_cancelled(opened, forwards):
+    cancelled = asyncio.create_task(collect(opened.generate(task_of(**LONG), Pictures())))
+    await until(lambda: len(forwards) > 0)
+    cancelled.cancel()
+    await asyncio.wait([cancelled])
+
+    outputs = await collect(opened.generate(task_of(width=64, height=64), Pictures()))
+
+    assert isinstance(outputs[-1], base.Image)
+
+
+async def test_errors_of_the_thread_arrive_at_the_consumer(opened, monkeypatch):
+    def paint(*_):
+        yield Progress(Stage.ENCODE_TEXT)
+        raise EngineFailed("out of luck")
+
+    monkeypatch.setattr(engine, "paint", paint)
+
+    with pytest.raises(EngineFailed, match="out of luck"):
+        await collect(opened.generate(task_of(), Pictures()))
+
+
+async def test_a_model_that_is_not_there_is_refused_at_the_door():
+    with pytest.raises(ConfigurationError, match="IMG2IMG_MODEL=nowhere does not exist"):
+        async with DiffusionEngine("nowhere", "cpu"):
+            pass
+
+    await until(
+        lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("diffusion")]
+    )
+
+
+async def test_it_must_be_open():
+    with pytest.raises(RuntimeError, match="async with"):
+        await collect(DiffusionEngine("emoji-sd", "cpu").generate(task_of(), Pictures()))
