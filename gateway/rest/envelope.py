@@ -14,7 +14,7 @@ from litestar.exceptions import HTTPException
 from uuid_utils import uuid4
 
 from gateway.rest.context import AnyRequest
-from gateway.rest.problems import CODE_HEADER
+from gateway.rest.problems import CODE_HEADER, wrong_parameter
 from img2img import errors
 from img2img.errors import Img2ImgError, Retryable, most_specific
 
@@ -59,6 +59,8 @@ ERRORS: Final[dict[type[Img2ImgError], Dialect]] = {
     errors.TooManyBytesInFlight: Dialect(3040, 429, "AiError: Capacity temporarily exceeded, please try again. ({id})"),
     errors.WaitTimeout: Dialect(3007, 408, "AiError: Request timeout: {detail} ({id})"),
     errors.ClientClosed: Dialect(3008, 408, "AiError: Request was aborted ({id})"),
+    # The job has had all its attempts: an SDK that sends it again would only double them.
+    errors.JobError: Dialect(3043, 500, "AiError: Internal server error: {detail} ({id})", retry=False),
     errors.ModelRefused: Dialect(3030, 400, "AiError: Model input is not valid: {detail} ({id})"),
     errors.JobCanceled: Dialect(3008, 408, "AiError: Request was aborted: {detail} ({id})", retry=False),
     errors.JobExpired: Dialect(3007, 408, "AiError: Request timeout: {detail} ({id})", retry=False),
@@ -116,7 +118,9 @@ def on_img2img_error(request: AnyRequest, error: Img2ImgError) -> Response[bytes
 
 
 def on_http_exception(request: AnyRequest, error: HTTPException) -> Response[bytes]:
-    """Litestar's own refusals: no such route, or the wrong method."""
+    """Litestar's own refusals: no such route, the wrong method, a query parameter of the wrong form."""
+    if (wrong := wrong_parameter(error)) is not None:
+        return failure(request, wrong)
     dialect = HTTP_ERRORS.get(error.status_code, NO_ROUTE)
     return _respond(request, dialect, error.detail, {CODE_HEADER: "http"})
 
