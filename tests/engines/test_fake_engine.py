@@ -1,0 +1,177 @@
+"""The fake engine behaves like a real one, and misbehaves on request."""
+
+import asyncio
+import time
+from contextlib import aclosing
+
+import msgspec
+import pytest
+from engine_helpers import collect, distance, task_of
+from PIL import Image, ImageChops
+
+from img2img.errors import EngineFailed, ModelRefused
+from img2img.jobs import Stage
+from img2img.requests import Sampler
+from worker.engines.base import EngineInfo, Pictures, Progress, Task
+from worker.engines.base import Image as Finished
+from worker.engines.fake import FakeEngine
+
+
+async def picture_of(
+    task: Task, pictures: Pictures | None = None, engine: FakeEngine | None = None
+) -> Image.Image:
+    async with engine or FakeEngine() as fake:
+        *_, last = await collect(fake.generate(task, pictures or Pictures()))
+    assert isinstance(last, Finished)
+    return last.picture
+
+
+async def test_what_it_is():
+    async with FakeEngine() as fake:
+        assert fake.info == EngineInfo("fake", "fake", "cpu", (256, 256))
+
+
+async def test_the_same_task_gives_the_same_picture(dog):
+    pictures = [await picture_of(task_of(), Pictures(dog)) for _ in range(2)]
+
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    assert (pictures[0].size, pictures[0].mode) == ((256, 256), "RGB")
+
+
+CHANGES = {
+    "prompt": "Change to a cat",
+    "negative_prompt": "blurry",
+    "width": 264,
+    "height": 264,
+    "num_steps": 5,
+    "strength": 0.76,
+    "guidance": 3.6,
+    "seed": 2,
+    "sampler": Sampler.DDIM,
+}
+
+
+def test_every_field_has_a_change():
+    assert set(CHANGES) == set(Task.__struct_fields__)
+
+
+@pytest.mark.parametrize("field", CHANGES)
+@pytest.mark.parametrize("has_input", [False, True])
+async def test_every_field_changes_the_picture(dog, field, has_input):
+    pictures = Pictures(dog) if has_input else Pictures()
+    before = await picture_of(task_of(), pictures)
+
+    after = await picture_of(msgspec.structs.replace(task_of(), **{field: CHANGES[field]}), pictures)
+
+    assert before.tobytes() != after.tobytes()
+
+
+async def test_one_changed_input_pixel_changes_the_picture(dog):
+    before = await picture_of(task_of(), Pictures(dog.resize((1024, 1024))))
+    changed = dog.resize((1024, 1024))
+    changed.putpixel((700, 700), (1, 2, 3))
+
+    assert (await picture_of(task_of(), Pictures(changed))).tobytes() != before.tobytes()
+
+
+async def test_strength_moves_the_picture_away_from_the_input(dog):
+    distances = [
+        distance(dog, await picture_of(task_of(strength=strength), Pictures(dog)))
+        for strength in (0.3, 0.4, 0.6, 0.9, 1.0)
+    ]
+
+    assert distances == sorted(distances)
+
+
+async def test_pixels_outside_the_mask_stay(dog, right_half):
+    result = await picture_of(task_of(), Pictures(dog, right_half))
+
+    difference = ImageChops.difference(result, dog)
+    assert difference.crop((0, 0, 128, 256)).getbbox() is None
+    assert difference.crop((128, 0, 256, 256)).getbbox() == (0, 0, 128, 256)
+
+
+async def test_it_reports_the_stages_of_a_real_engine(dog):
+    outputs = await collect(FakeEngine().generate(task_of(), Pictures(dog)))
+
+    assert outputs[:-1] == [
+        Progress(Stage.ENCODE_TEXT),
+        Progress(Stage.ENCODE_IMAGE),
+        *(Progress(Stage.STEPS, step, 3) for step in range(4)),
+        Progress(Stage.DECODE_IMAGE),
+    ]
+
+
+@pytest.mark.parametrize("engine", [FakeEngine(0.02), FakeEngine(10)], ids=["setting", "directive"])
+async def test_steps_take_time_and_leave_the_loop_free(engine):
+    prompt = "a dog fake:step=0.02" if engine._step_seconds == 10 else "a dog"
+    started = time.perf_counter()
+
+    await asyncio.gather(*(picture_of(task_of(prompt=prompt), engine=engine) for _ in range(10)))
+
+    assert 4 * 0.02 <= time.perf_counter() - started < 10 * 4 * 0.02
+
+
+async def test_aclose_stops_within_one_step():
+    async with aclosing(FakeEngine(0.05).generate(task_of(num_steps=1000), Pictures())) as outputs:
+        async for item in outputs:
+            if item == Progress(Stage.STEPS, 2, 1000):
+                break
+        started = time.perf_counter()
+    await outputs.aclose()
+
+    assert time.perf_counter() - started < 0.05
+
+
+async def test_fail_every_time():
+    engine = FakeEngine()
+
+    for _ in range(3):
+        with pytest.raises(EngineFailed):
+            await picture_of(task_of(prompt="fake:fail"), engine=engine)
+
+
+async def test_fail_so_many_attempts_of_one_prompt_and_seed():
+    engine = FakeEngine()
+    task = task_of(prompt="a dog fake:fail=2")
+
+    for _ in range(2):
+        with pytest.raises(EngineFailed):
+            await picture_of(task, engine=engine)
+    await picture_of(task, engine=engine)
+
+    with pytest.raises(EngineFailed):
+        await picture_of(msgspec.structs.replace(task, seed=2), engine=engine)
+
+
+async def test_refuse():
+    with pytest.raises(ModelRefused):
+        await picture_of(task_of(prompt="fake:refuse"))
+
+
+async def test_block_holds_up_the_event_loop():
+    ticks = 0
+
+    async def tick():
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.01)
+            ticks += 1
+
+    ticker = asyncio.create_task(tick())
+    await picture_of(task_of(prompt="fake:block=0.3"))
+    ticker.cancel()
+
+    assert ticks < 10
+
+
+async def test_it_is_cheap(dog):
+    engine = FakeEngine()
+    pictures = Pictures(dog)
+    times = []
+    for seed in range(20):
+        started = time.perf_counter()
+        await picture_of(task_of(num_steps=20, seed=seed), pictures, engine)
+        times.append(time.perf_counter() - started)
+
+    assert sorted(times)[5] < 0.02
