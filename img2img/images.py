@@ -1,17 +1,29 @@
 """What counts as a picture: the header check that the gateway makes and the worker relies on."""
 
 import io
+import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import msgspec
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from img2img.errors import InvalidImage
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MPO: Final = "MPO"
 EXIF_ORIENTATION: Final = 0x0112
+UPRIGHT: Final = 1
 QUARTER_TURNS: Final = frozenset({5, 6, 7, 8})
+
+# What Pillow's readers raise for headers that end early or contradict themselves.
+HEADER_ERRORS: Final = (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error)
+# A header is read in pieces, in Python. Real files need a few hundred, and a GIF two for every 256 bytes; one
+# made of nothing but the smallest pieces would take seconds.
+FREE_READS: Final = 10_000
+BYTES_PER_READ: Final = 64
 
 
 class PictureLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +42,21 @@ class PictureInfo(msgspec.Struct, frozen=True):
     bytes: int
 
 
+class _Source(io.BytesIO):
+    """An encoded file that may be read in ``reads_left`` pieces; None lifts the limit."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.reads_left: int | None = FREE_READS + len(data) // BYTES_PER_READ
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.reads_left is not None:
+            self.reads_left -= 1
+            if self.reads_left < 0:
+                raise OSError("the header has too many pieces")
+        return super().read(size)
+
+
 def open_picture(field: str, data: bytes, limits: PictureLimits) -> Image.Image:
     """Open ``data`` lazily (no pixel is decoded) and refuse what the service does not take.
 
@@ -41,19 +68,32 @@ def open_picture(field: str, data: bytes, limits: PictureLimits) -> Image.Image:
     if len(data) > limits.file_bytes:
         raise InvalidImage(field, f"'/{field}' must be at most {limits.file_bytes} bytes, not {len(data)}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        with _quiet():
+            source = _Source(data)
+            picture = Image.open(source, formats=FORMATS)
+            # Phones add a preview or a depth map to a JPEG (MPO); its first picture is the photo.
+            animated = picture.format != MPO and getattr(picture, "is_animated", False)
+            source.reads_left = None
     except Image.DecompressionBombError as exc:
         raise _too_many_pixels(field, limits) from exc
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as exc:
+    except HEADER_ERRORS as exc:
         raise InvalidImage(field, f"'/{field}' is not an image: send the bytes of a {_named(FORMATS)} file") from exc
     if max(picture.size) > limits.side:
         raise _too_many_pixels(field, limits)
-    frames = getattr(picture, "n_frames", 1)
-    if frames > 1:
-        raise InvalidImage(field, f"'/{field}' is animated ({frames} frames): send one still picture")
+    if animated:
+        raise InvalidImage(field, f"'/{field}' is animated: send one still picture")
     return picture
+
+
+def orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where there is none or it is damaged; no pixel is decoded."""
+    try:
+        with _quiet():
+            # Not the picture's own method: a PNG's decodes every pixel to look for EXIF behind them.
+            return int(Image.Image.getexif(picture).get(EXIF_ORIENTATION, UPRIGHT))
+    except Exception:
+        # Pillow raises whatever it trips over in damaged EXIF, and the picture is good all the same.
+        return UPRIGHT
 
 
 def probe(field: str, data: bytes, limits: PictureLimits) -> PictureInfo:
@@ -64,9 +104,18 @@ def probe(field: str, data: bytes, limits: PictureLimits) -> PictureInfo:
     """
     with open_picture(field, data, limits) as picture:
         width, height = picture.size
-        if picture.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS:
+        if orientation(picture) in QUARTER_TURNS:
             width, height = height, width
-        return PictureInfo(picture.format or "", width, height, len(data))
+        file_format = "JPEG" if picture.format == MPO else picture.format or ""
+        return PictureInfo(file_format, width, height, len(data))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings about odd files: each is either refused here or good enough."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def _too_many_pixels(field: str, limits: PictureLimits) -> InvalidImage:
