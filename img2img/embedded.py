@@ -231,6 +231,8 @@ class EmbeddedValkey:
             f"unixsocket {_quoted(self.socket)}",
             "unixsocketperm 700",
             "daemonize no",
+            # A title would be written over the environment, by which a process can be told from others.
+            "set-proc-title no",
             "dir .",
             'save ""',
             f"appendonly {'yes' if self.durable else 'no'}",

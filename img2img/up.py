@@ -56,6 +56,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     http_port: int = 8000
     grpc_port: int = 50051
     workers: int = 1
+    log_level: str | None = None
 
     @property
     def http_url(self) -> str:
@@ -296,6 +297,7 @@ class Supervisor:
             "GRPC_PORT": self.options.grpc_port,
             "ENGINE": self.options.engine,
             "MODEL": self.options.model,
+            "LOG_LEVEL": self.options.log_level,
         }
         # A person waits in front of the terminal, not a rolling update.
         defaults = {"IMG2IMG_LOG_FORMAT": "console", "IMG2IMG_DRAIN_TIMEOUT": f"{DRAIN_SECONDS:g}"}

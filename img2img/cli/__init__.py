@@ -16,6 +16,8 @@ class OneLineErrors(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # click ends quietly then, as in `img2img jobs list | head -1`
         except (Img2ImgError, OSError) as exc:
             raise click.ClickException(str(exc)) from exc
 

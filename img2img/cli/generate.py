@@ -19,6 +19,7 @@ SAMPLERS: Final = ("dpmpp_2m", "ddim", "euler", "euler_a")
 FORMATS: Final = ("png", "webp", "jpeg")
 SUFFIXES: Final = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 POSITION_SECONDS: Final = 1.0
+WORTH_TELLING: Final = 0.005
 INTERRUPTED: Final = 130  # what a shell reports for a program that Ctrl-C ended
 OPTIONS: Final = {"deadline": "deadline_seconds", "priority": "priority", "sampler": "sampler"}
 FIELDS: Final = {
@@ -199,7 +200,9 @@ def summary(output: str, picture: "Picture") -> str:
     job = picture.job
     lines = [f"Warning: {warning}" for warning in job.warnings]
     seconds = sum(job.timings.values())
-    stages = ", ".join(f"{stage.replace('_', ' ')} {value:.2f}" for stage, value in job.timings.items())
+    stages = ", ".join(
+        f"{stage.replace('_', ' ')} {value:.2f}" for stage, value in job.timings.items() if value >= WORTH_TELLING
+    )
     size = f"{job.width}x{job.height}, {len(picture.data):,} bytes"
     name = "picture" if output == "-" else output
     lines.append(f"{name}: {size}, seed {job.seed}, {seconds:.2f} s ({stages}), job {job.id}")

@@ -1,5 +1,6 @@
 """``img2img jobs``: what the service has to do and has done for your account."""
 
+import sys
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -103,12 +104,13 @@ def _print_table(found: "list[JobInfo]") -> None:
     from rich.text import Text
 
     table = Table("ID", "State", "Created", "Took", "Prompt", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     for job in found:
         # Text, because a prompt may hold what rich takes for markup.
         table.add_row(job.id, _state(job), _clock(job.created_at), _took(job), Text(_prompt(job)))
-    console = Console()
-    console.print(table if found else "No jobs.", width=None if console.is_terminal else PIPE_WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console.print(table if found else "No jobs.")
 
 
 def _print_job(job: "JobInfo", as_json: bool) -> None:

@@ -1,16 +1,23 @@
 """``img2img keys``: access keys, of which the service only ever sees a hash."""
 
 import hashlib
-import json
+import re
 import secrets
 from typing import Final
 
 import click
 
 KEY_PREFIX: Final = "i2i_"  # so that secret scanners and people recognise one
+ACCOUNT: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it stands in URLs
 
 
-@click.group()
+def check_account(_: click.Context, __: click.Parameter, account: str) -> str:
+    if ACCOUNT.fullmatch(account) is None:
+        raise click.BadParameter("use 1 to 64 letters, digits, - and _")
+    return account
+
+
+@click.group(epilog="\b\nExample:\n  img2img keys new acme >> tenants.toml")
 def keys() -> None:
     """Make access keys."""
 
@@ -20,7 +27,7 @@ def keys() -> None:
     "  img2img keys new acme\n"
     "  img2img keys new acme >> tenants.toml     the key itself goes to the terminal, not the file"
 )
-@click.argument("account")
+@click.argument("account", callback=check_account)
 def new(account: str) -> None:
     """Make a key for ACCOUNT.
 
@@ -30,5 +37,4 @@ def new(account: str) -> None:
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     digest = hashlib.sha256(key.encode()).hexdigest()
     click.echo(f"Key for {account}, shown only now: {key}\n", err=True)
-    # A JSON string is a TOML string too.
-    click.echo(f'[[tenants]]\naccount = {json.dumps(account)}\nkey_sha256 = ["{digest}"]')
+    click.echo(f'[[tenants]]\naccount = "{account}"\nkey_sha256 = ["{digest}"]')

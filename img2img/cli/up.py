@@ -138,7 +138,7 @@ def demo(engine: str, image: Path, output: Path) -> None:
         await show_off(supervisor, image, output)
 
     with tempfile.TemporaryDirectory(prefix="img2img-demo-") as folder:
-        options = UpOptions(data_dir=Path(folder), engine=engine, http_port=0, grpc_port=0)
+        options = UpOptions(data_dir=Path(folder), engine=engine, http_port=0, grpc_port=0, log_level="warning")
         _run(options, body)
 
 
@@ -197,6 +197,7 @@ async def _supervise(supervisor: "Supervisor", body: "Callable[[Supervisor], Awa
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stop)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+            loop.add_signal_handler(number, stop)
     with suppress(asyncio.CancelledError):
         await task

@@ -2,6 +2,7 @@
 
 import hashlib
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from img2img.client.values import ClientError, Event, JobInfo, JobPage, RequestFields, ResultInfo
 from img2img.images import PictureInfo
-from img2img.jobs import Failure, JobState
+from img2img.jobs import Failure, JobState, Stage
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 from img2img.v1 import img2img_pb2 as pb
 
@@ -75,7 +76,7 @@ def job_info(job: pb.Job) -> JobInfo:
         started_at=_time(job.start_time) if job.HasField("start_time") else None,
         finished_at=_time(job.finish_time) if job.HasField("finish_time") else None,
         executed_by=job.executed_by,
-        timings=dict(job.timings),
+        timings=_timings(job.timings),
         warnings=tuple(job.warnings),
         error=_failure(job),
         result=_result(job.result) if job.HasField("result") else None,
@@ -133,6 +134,11 @@ def _result(message: pb.JobResult) -> ResultInfo:
         sha256=message.sha256,
         expires_at=_time(message.expire_time),
     )
+
+
+def _timings(timings: Mapping[str, float]) -> dict[str, float]:
+    """In the order in which a job goes through them, which a protobuf map does not keep."""
+    return {stage: timings[stage] for stage in [*Stage, *timings] if stage in timings}
 
 
 def _state(number: int) -> JobState:

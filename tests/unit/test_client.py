@@ -43,7 +43,7 @@ AT = datetime(2026, 1, 2, 3, 4, 5, 250_000, tzinfo=UTC)
 STAMP = Timestamp(seconds=int(AT.timestamp()), nanos=250_000_000)
 
 
-class Servicer(img2img_pb2_grpc.Img2ImgServiceServicer):  # type: ignore[misc]
+class Servicer(img2img_pb2_grpc.Img2ImgServiceServicer):
     """Keeps what it was asked, and answers what the test put into ``answers``: messages or statuses."""
 
     def __init__(self) -> None:

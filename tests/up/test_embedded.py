@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import redis as redis_sync
 import redis.asyncio as redis
-from tests.up.waiting import is_running
 
 from img2img.embedded import EmbeddedValkey
 from img2img.errors import ConfigurationError
@@ -52,6 +51,15 @@ def _hold(folder: Path, script: str = HOLDER) -> tuple[int, str]:
         holder.kill()
     assert holder.returncode == -signal.SIGKILL
     return int(pid), url
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and has not ended; one that only waits for init to collect it has."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 @pytest.mark.parametrize("name", ["plain", "a b", "quote\" and ' \\ newline\n", "long" * 50])

@@ -1,0 +1,95 @@
+"""The command line itself: help, keys, and how options become settings."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+
+import click
+import pytest
+
+from img2img.cli import main
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "img2img.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=60,
+    )
+
+
+def commands(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    yield path, group
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *path, name)
+        else:
+            yield (*path, name), command
+
+
+@pytest.mark.parametrize(("path", "command"), [pytest.param(*pair, id=" ".join(pair[0])) for pair in commands(main)])
+def test_every_help_has_examples(path: tuple[str, ...], command: click.Command) -> None:
+    """Help shows commands to copy, and these begin with the command that it is about."""
+    with click.Context(command, info_name="img2img") as context:
+        shown = command.get_help(context)
+    assert re.search(r"^  Examples?:$", shown, re.MULTILINE), shown
+    assert " ".join(("img2img", *path)) in shown.partition("Example")[2]
+
+
+def test_help_is_quick() -> None:
+    """Help imports nothing that the service needs."""
+    check = (
+        "import sys; from img2img.cli import main; "
+        "sys.exit(str({'grpc', 'httpx', 'rich', 'PIL', 'redis', 'opentelemetry'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stderr.strip() == "set()"
+
+
+def test_a_new_key() -> None:
+    """The key goes to the terminal once; the tenants file gets its hash only."""
+    first, second = run("keys", "new", "acme"), run("keys", "new", "acme")
+    key = first.stderr.split()[-1]
+    assert key.startswith("i2i_")
+    assert key not in second.stderr
+    (tenant,) = tomllib.loads(first.stdout)["tenants"]
+    assert tenant == {"account": "acme", "key_sha256": [hashlib.sha256(key.encode()).hexdigest()]}
+
+
+def test_a_key_for_no_account() -> None:
+    """An account that could not stand in a URL is refused."""
+    ended = run("keys", "new", "a/b")
+    assert ended.returncode == 2
+    assert "letters, digits" in ended.stderr
+
+
+def test_gateway_options_become_settings() -> None:
+    """The gateway itself gets, checks and refuses what the option says."""
+    ended = run("gateway", "--host", "0.0.0.0", IMG2IMG_KEY="the client's", IMG2IMG_SERVER="the client's")
+    assert ended.returncode == 2
+    assert "set IMG2IMG_TENANTS_FILE" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_worker_options_become_settings() -> None:
+    """The worker reads the URL and the engine from its options, which win over the variables."""
+    ended = run(
+        *("worker", "--engine", "fake", "--redis-url", "unix:///nowhere.sock"),
+        IMG2IMG_ENGINE="nonsense",
+        IMG2IMG_REDIS_URL="nonsense",
+    )
+    assert ended.returncode == 1
+    assert "img2img worker: The queue server does not answer" in ended.stderr
+
+
+def test_an_unknown_option_is_usage() -> None:
+    """A wrong command line is exit code 2 and shows where help is."""
+    ended = run("up", "--enigne", "fake")
+    assert ended.returncode == 2
+    assert "--engine" in ended.stderr
