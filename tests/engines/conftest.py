@@ -18,9 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(
-                pytest.mark.filterwarnings(
-                    "ignore:__array__ implementation doesn't accept:DeprecationWarning"
-                )
+                pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
             )
 
 

@@ -32,9 +32,7 @@ NEGATIVE = "a dog"
 
 
 def pipeline_of(kind, folder: Path, sampler: Sampler):
-    pipeline = kind.from_pretrained(
-        folder, safety_checker=None, local_files_only=True, low_cpu_mem_usage=False
-    )
+    pipeline = kind.from_pretrained(folder, safety_checker=None, local_files_only=True, low_cpu_mem_usage=False)
     pipeline = pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     # The pipelines insist on clip_sample=False for the scheduler they are made with, not for one set later.
@@ -114,9 +112,7 @@ def test_image_to_image(tiny_4_channel_folder, small_dog, sampler, strength):
 def test_inpainting_with_both_kinds_of_unet(tiny, tiny_folder, small_dog, small_mask, sampler, strength):
     task = tiny_task(sampler, strength=strength)
 
-    reference = expected(
-        StableDiffusionInpaintPipeline, tiny_folder, task, image=small_dog, mask_image=small_mask
-    )
+    reference = expected(StableDiffusionInpaintPipeline, tiny_folder, task, image=small_dog, mask_image=small_mask)
 
     result = picture_of(tiny, task, Pictures(small_dog, small_mask))
     assert furthest(result, Image.composite(reference, small_dog, small_mask)) <= 1
@@ -141,9 +137,7 @@ def test_bundled_model_image_to_image(emoji, dog):
 def test_bundled_model_inpainting(emoji, dog, right_half):
     task = task_of(sampler=Sampler.DDIM)
 
-    reference = expected(
-        StableDiffusionInpaintPipeline, BUNDLED / "emoji-sd", task, image=dog, mask_image=right_half
-    )
+    reference = expected(StableDiffusionInpaintPipeline, BUNDLED / "emoji-sd", task, image=dog, mask_image=right_half)
 
     result = picture_of(emoji, task, Pictures(dog, right_half))
     assert furthest(result, Image.composite(reference, dog, right_half)) <= 1

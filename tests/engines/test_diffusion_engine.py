@@ -152,14 +152,22 @@ async def test_errors_of_the_thread_arrive_at_the_consumer(opened, monkeypatch):
         await collect(opened.generate(task_of(), Pictures()))
 
 
+async def test_closing_the_engine_ends_what_still_runs(tiny_4_channel_folder, forwards):
+    async with DiffusionEngine(str(tiny_4_channel_folder), "cpu") as diffusion:
+        consumer = asyncio.create_task(collect(diffusion.generate(task_of(**LONG), Pictures())))
+        await until(lambda: len(forwards) > 0)
+
+    assert len(forwards) < LONG["num_steps"]
+    with pytest.raises(EngineFailed, match="closed its engine"):
+        await consumer
+
+
 async def test_a_model_that_is_not_there_is_refused_at_the_door():
     with pytest.raises(ConfigurationError, match="IMG2IMG_MODEL=nowhere does not exist"):
         async with DiffusionEngine("nowhere", "cpu"):
             pass
 
-    await until(
-        lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("diffusion")]
-    )
+    await until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("diffusion")])
 
 
 async def test_it_must_be_open():

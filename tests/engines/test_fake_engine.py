@@ -17,9 +17,7 @@ from worker.engines.base import Image as Finished
 from worker.engines.fake import FakeEngine
 
 
-async def picture_of(
-    task: Task, pictures: Pictures | None = None, engine: FakeEngine | None = None
-) -> Image.Image:
+async def picture_of(task: Task, pictures: Pictures | None = None, engine: FakeEngine | None = None) -> Image.Image:
     async with engine or FakeEngine() as fake:
         *_, last = await collect(fake.generate(task, pictures or Pictures()))
     assert isinstance(last, Finished)

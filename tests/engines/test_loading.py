@@ -102,9 +102,7 @@ def test_the_packaged_shape_is_stable_diffusion_1_5():
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(SD15, subfolder="vae"))
         text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(SD15 / "text_encoder"))
 
-    assert [
-        sum(tensor.numel() for tensor in network.parameters()) for network in (unet, vae, text_encoder)
-    ] == [
+    assert [sum(tensor.numel() for tensor in network.parameters()) for network in (unet, vae, text_encoder)] == [
         859_520_964,
         83_653_863,
         123_060_480,
@@ -130,9 +128,7 @@ def test_a_pickled_file_is_refused_unopened(tmp_path, name):
 
 
 def test_a_folder_of_pickles_is_refused(folder):
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
-        folder / "unet" / "diffusion_pytorch_model.bin"
-    )
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
 
     assert "has pickled weights (unet/diffusion_pytorch_model.bin)" in refusal_of(folder)
 
@@ -222,9 +218,7 @@ def test_a_hub_id_is_downloaded_without_pickles(monkeypatch, tiny_4_channel_fold
     assert load_checkpoint("some-org/some-model").name == "some-org/some-model"
     [(hub_id, patterns)] = asked
     assert hub_id == "some-org/some-model"
-    assert not [
-        pattern for pattern in patterns if not pattern.endswith((".json", ".txt", "model.safetensors"))
-    ]
+    assert not [pattern for pattern in patterns if not pattern.endswith((".json", ".txt", "model.safetensors"))]
 
 
 def test_a_hub_id_without_a_network(monkeypatch):
@@ -256,9 +250,7 @@ def test_loading_writes_nothing_to_the_terminal():
 
 
 def test_the_protocol_and_the_fake_engine_do_without_torch():
-    script = (
-        "import sys, worker.engines.base, worker.engines.fake, worker.images; print('torch' in sys.modules)"
-    )
+    script = "import sys, worker.engines.base, worker.engines.fake, worker.images; print('torch' in sys.modules)"
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 

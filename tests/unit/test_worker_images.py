@@ -36,9 +36,7 @@ def decoded_mask(mask: Image.Image, size: tuple[int, int] = (4, 4)) -> Image.Ima
     return pictures.mask
 
 
-def two_halves(
-    left: object, right: object, mode: str = "RGB", size: tuple[int, int] = (64, 32)
-) -> Image.Image:
+def two_halves(left: object, right: object, mode: str = "RGB", size: tuple[int, int] = (64, 32)) -> Image.Image:
     picture = Image.new(mode, size, left)
     picture.paste(right, (size[0] // 2, 0, *size))
     return picture
@@ -56,12 +54,7 @@ def sixteen_bit_png(colour_type: int, pixels: list[tuple[int, ...]]) -> bytes:
 
     row = b"\0" + b"".join(struct.pack(">H", value) for pixel in pixels for value in pixel)
     header = struct.pack(">IIBBBBB", len(pixels), 1, 16, colour_type, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(row))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])

@@ -8,6 +8,7 @@ from contextlib import closing
 from types import TracebackType
 from typing import Final, Self
 
+from img2img.errors import EngineFailed
 from worker.engines.base import EngineInfo, Output, Pictures, Task
 from worker.engines.diffusion.model import DiffusionModel, open_model
 from worker.engines.diffusion.painting import paint
@@ -29,6 +30,7 @@ class DiffusionEngine:
         self._device = device
         self._thread: ThreadPoolExecutor | None = None
         self._model: DiffusionModel | None = None
+        self._closing = threading.Event()
 
     @property
     def info(self) -> EngineInfo:
@@ -44,12 +46,14 @@ class DiffusionEngine:
             thread.shutdown(wait=False, cancel_futures=True)
             raise
         self._thread = thread
+        self._closing.clear()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         thread, self._thread, self._model = self._thread, None, None
+        self._closing.set()
         if thread is not None:
             await asyncio.to_thread(thread.shutdown, cancel_futures=True)
 
@@ -66,6 +70,8 @@ class DiffusionEngine:
                     for output in painting:
                         if stop.is_set():
                             return
+                        if self._closing.is_set():
+                            raise EngineFailed("The worker closed its engine before the picture was done")
                         loop.call_soon_threadsafe(outputs.put_nowait, output)
             finally:
                 loop.call_soon_threadsafe(outputs.put_nowait, None)

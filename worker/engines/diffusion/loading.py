@@ -84,7 +84,7 @@ def _locate(source: str) -> tuple[Path, str]:
         raise _refused(source, "has no model_index.json: name a folder that diffusers saved a pipeline to")
     if path.exists():
         return path, path.resolve().name
-    if HUB_ID.fullmatch(source):
+    if HUB_ID.fullmatch(source) and path.suffix != ".safetensors":
         return _download(source), source
     raise _refused(
         source,

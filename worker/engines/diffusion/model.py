@@ -59,9 +59,7 @@ class DiffusionModel:
         """Encode a prompt, cut to the text encoder's window (its begin and end marks included)."""
         window = min(self._tokenizer.model_max_length, self._text_encoder.config.max_position_embeddings)
         whole = self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)
-        encoded = self._tokenizer(
-            text, padding="max_length", max_length=window, truncation=True, return_tensors="pt"
-        )
+        encoded = self._tokenizer(text, padding="max_length", max_length=window, truncation=True, return_tensors="pt")
         embeddings = self._text_encoder(encoded.input_ids.to(self.device))[0]
         tokens = len(whole.input_ids)
         return Text(embeddings, min(tokens, window - 2), tokens)
@@ -85,9 +83,7 @@ class DiffusionModel:
         pixels: torch.Tensor = self._vae.decode((latents / self._scaling_factor).to(self._dtype)).sample
         return pixels.float()
 
-    def predict_noise(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor
-    ) -> torch.Tensor:
+    def predict_noise(self, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """One UNet forward of latents (N, 4 or 9, h, w), timesteps () or (N,) and embeddings (N, window, D).
 
         Returns float32 (N, 4, h, w): what the scheduler's prediction type says, noise for most models.

@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import structlog
 import torch
 from PIL import Image as PillowImage
 
@@ -19,6 +20,8 @@ from worker.engines.diffusion.inpainting import Blend, extra_channels, paste, sh
 from worker.engines.diffusion.model import VAE_FACTOR, DiffusionModel
 from worker.engines.diffusion.pixels import fit, mask_to_pixels, picture_to_pixels, pixels_to_picture
 from worker.engines.diffusion.samplers import Schedule, build_schedule, count_steps, guide
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,7 @@ def paint(model: DiffusionModel, task: Task, pictures: Pictures) -> Generator[Ou
         embeddings, warnings = _encode_prompts(model, task)
         yield from warnings
         strength = 1.0 if pictures.image is None else task.strength
-        schedule = build_schedule(
-            task.sampler, model.scheduler_config, task.num_steps, strength, model.device
-        )
+        schedule = build_schedule(task.sampler, model.scheduler_config, task.num_steps, strength, model.device)
         image, mask = _fit_inputs(task, pictures)
         if image is not None:
             yield Progress(Stage.ENCODE_IMAGE)
@@ -75,9 +76,7 @@ def _encode_prompts(model: DiffusionModel, task: Task) -> tuple[torch.Tensor, li
         prompts = {"negative_prompt": task.negative_prompt, **prompts}
     texts = {name: model.encode_text(text) for name, text in prompts.items()}
     warnings = [
-        base.Warning(
-            f"{name} was cut to what the model reads: {text.kept} of its {text.tokens} tokens were kept"
-        )
+        base.Warning(f"{name} was cut to what the model reads: {text.kept} of its {text.tokens} tokens were kept")
         for name, text in texts.items()
         if text.kept < text.tokens
     ]
@@ -111,10 +110,8 @@ def _prepare(
         original = model.encode_picture(pixels, generator)
     shape = (1, 4, task.height // VAE_FACTOR, task.width // VAE_FACTOR)
     noise = model.draw_noise(shape, generator)
-    if from_noise or original is None:
-        latents = schedule.pure_noise(noise)
-    else:
-        latents = schedule.add_noise(original, noise, 0)
+    start = None if from_noise else original
+    latents = schedule.pure_noise(noise) if start is None else schedule.add_noise(start, noise, 0)
     if mask is not None and model.is_inpainting:
         return Canvas(latents, extra=extra_channels(model, pixels, mask, generator))
     if mask is None or original is None:
@@ -173,4 +170,5 @@ def _translated_errors(task: Task, device: torch.device) -> Iterator[None]:
             raise EngineFailed(
                 f"{device} ran out of memory at {task.width}x{task.height}: ask for a smaller picture"
             ) from exc
+        log.exception("model_failed", device=str(device))
         raise EngineFailed(f"The model failed with {type(exc).__name__}: see the worker's log") from exc
