@@ -100,12 +100,10 @@ async def measure(picture: bytes, body: bytes, rounds: int) -> dict[str, Figures
     return figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    rounds = 7 if parser.parse_args().quick else 21
+def measure_layouts(rounds: int) -> dict[str, float]:
+    """Print a table of all layouts and decoders, and return its figures."""
     picture = os.urandom(MIB)
-    summary: dict[str, object] = {"bench": "ingest", "image_bytes": len(picture), "rounds": rounds}
+    summary: dict[str, float] = {}
     print(f"{'layout':9}{'body MiB':>9}  {'decoder':8}{'ms':>8}{'stall ms':>10}{'ours is faster':>16}")
     for layout, encode in LAYOUTS.items():
         body = encode({"prompt": "a lion", "image": list(picture), "num_steps": 20}).encode()
@@ -118,7 +116,14 @@ def main() -> None:
         for peer in ("json", "msgspec"):
             summary[f"{layout}_vs_{peer}"] = round(medians[peer][0] / medians["ours"][0], 2)
             summary[f"{layout}_stall_vs_{peer}"] = round(medians[peer][1] / medians["ours"][1], 1)
-    print(json.dumps(summary))
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    rounds = 7 if parser.parse_args().quick else 21
+    print(json.dumps({"bench": "ingest", "image_bytes": MIB, "rounds": rounds, **measure_layouts(rounds)}))
 
 
 if __name__ == "__main__":

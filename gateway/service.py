@@ -109,6 +109,7 @@ class JobService:
                 while (left := deadline - asyncio.get_running_loop().time()) > 0:
                     for event in await follower.next(left):
                         if event.is_terminal:
+                            attended.clear()
                             return submitted.id, msgspec.convert(event.data, Outcome)
         raise WaitTimeout(
             f"The job did not finish within {timeout:g} s: send the same request again to go on waiting for it"

@@ -88,6 +88,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     error: Failure | None = None
     timings: dict[Stage, float] = {}
     warnings: tuple[str, ...] = ()
+    executed_by: str | None = None
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +127,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_terminal(self) -> bool:
         return self.state.is_terminal
+
+    @property
+    def executed_by(self) -> str | None:
+        """Engine, model and worker of the last attempt that said so."""
+        if self.outcome is not None and self.outcome.executed_by is not None:
+            return self.outcome.executed_by
+        return None if self.running is None else self.running.executed_by
 
 
 class JobEvent(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import hashlib
 import random
 import time
 from contextlib import aclosing
-from typing import Final
+from typing import Final, Self
 
 import msgspec
 import structlog
@@ -117,7 +117,51 @@ class Attempt:
             error=error,
             timings={stage: round(seconds, 6) for stage, seconds in self.clock.seconds.items()},
             warnings=tuple(self.warnings),
+            executed_by=self.running.executed_by,
         )
+
+
+class Reporter:
+    """Sends progress beside the work: at most one report under way, none sooner than ``interval`` seconds.
+
+    A job that is done before the first interval reports nothing, and costs the server nothing.
+    """
+
+    def __init__(self, queue: JobQueue, attempt: Attempt, stop: Stop, interval: float) -> None:
+        self._queue = queue
+        self._attempt = attempt
+        self._stop = stop
+        self._interval = interval
+        self._last = time.monotonic()
+        self._sending: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._sending is not None:
+            await asyncio.wait({self._sending})
+
+    def report(self, progress: Progress) -> None:
+        """Note where the job is, and send it unless that would be too soon."""
+        attempt, now = self._attempt, time.monotonic()
+        attempt.running = msgspec.structs.replace(
+            attempt.running, stage=progress.stage, step=progress.step, steps=progress.steps
+        )
+        busy = self._sending is not None and not self._sending.done()
+        if not busy and now - self._last >= self._interval:
+            self._last = now
+            self._sending = asyncio.create_task(self._send(attempt.running), name=f"report-{attempt.claim.id}")
+
+    async def _send(self, running: Running) -> None:
+        try:
+            reason = await self._queue.report(self._attempt.claim, running)
+        except Unavailable:
+            # Progress is worth nothing later; the work goes on and the terminal write decides.
+            log.warning("report_skipped", job=self._attempt.claim.id)
+            return
+        if reason is not None:
+            self._stop.set(reason)
 
 
 class JobRunner:
@@ -181,7 +225,8 @@ class JobRunner:
         clock.enter(Stage.DECODE)
         limits = self._settings.request_limits.pictures
         pictures = Pictures() if inputs is None else await asyncio.to_thread(decode_inputs, inputs, limits)
-        image = await self._generate(attempt, pictures, stop)
+        async with Reporter(self._queue, attempt, stop, self._settings.progress_interval) as reporter:
+            image = await self._generate(attempt, pictures, reporter)
         clock.enter(Stage.ENCODE)
         options = spec.options
         data = await asyncio.to_thread(encode_picture, image.picture, options.output_format, options.output_quality)
@@ -197,19 +242,15 @@ class JobRunner:
             raise InputGone("The job's input picture is no longer stored: send the request again")
         return msgspec.msgpack.decode(data, type=Inputs)
 
-    async def _generate(self, attempt: Attempt, pictures: Pictures, stop: Stop) -> Image:
+    async def _generate(self, attempt: Attempt, pictures: Pictures, reporter: Reporter) -> Image:
         task = self._task(attempt.claim, pictures)
         attempt.running = msgspec.structs.replace(attempt.running, width=task.width, height=task.height)
-        reported = 0.0
         async with aclosing(self._engine.generate(task, pictures)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
                 match output:
                     case Progress():
                         attempt.clock.enter(output.stage)
-                        now = time.monotonic()
-                        if now - reported >= self._settings.progress_interval:
-                            reported = now
-                            await self._report(attempt, output, stop)
+                        reporter.report(output)
                     case Warning():
                         attempt.warnings.append(output.message)
                     case Image():
@@ -230,19 +271,6 @@ class JobRunner:
             seed=claim.spec.seed,
             sampler=options.sampler,
         )
-
-    async def _report(self, attempt: Attempt, progress: Progress, stop: Stop) -> None:
-        attempt.running = msgspec.structs.replace(
-            attempt.running, stage=progress.stage, step=progress.step, steps=progress.steps
-        )
-        try:
-            reason = await self._queue.report(attempt.claim, attempt.running)
-        except Unavailable:
-            # Progress is worth nothing later; the work goes on and the terminal write decides.
-            log.warning("report_skipped", job=attempt.claim.id)
-            return
-        if reason is not None:
-            stop.set(reason)
 
     async def _store(self, claim: Claim, image: Image, data: bytes) -> Result:
         key = f"result:{claim.id}.{claim.fence}"

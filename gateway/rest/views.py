@@ -94,7 +94,7 @@ def job_view(job: Job) -> JobView:
         queue_position=job.queue_position,
         step=running.step if running and job.state == JobState.RUNNING else None,
         steps=running.steps if running and job.state == JobState.RUNNING else None,
-        executed_by=None if running is None else running.executed_by,
+        executed_by=job.executed_by,
         timings={} if outcome is None else outcome.timings,
         warnings=spec.warnings if outcome is None else outcome.warnings,
         error=None if outcome is None else outcome.error,
