@@ -41,7 +41,7 @@ def json_types(value: object) -> tuple[str, ...]:
 
 
 def validate(value: object, schema: Mapping[str, Any] = INPUT_SCHEMA) -> dict[str, Any]:
-    """Check a decoded body; integers written as 20.0 come back as ``int``, absent properties stay absent.
+    """Check a decoded body; 20.0 comes back as an ``int`` where one is asked for, absent properties stay absent.
 
     Raises:
         InvalidRequest: the first property that breaks the schema, in Cloudflare's wording.
@@ -69,5 +69,13 @@ def _property(path: str, name: str, value: Any, rule: Mapping[str, Any]) -> Any:
             raise InvalidRequest(name, f"'{path}' must be >= {rule['minimum']}")
         if value > rule.get("maximum", math.inf):
             raise InvalidRequest(name, f"'{path}' must be <= {rule['maximum']}")
-        return int(value) if rule["type"] == "integer" else value
+        return int(value) if rule["type"] == "integer" else _to_float(value)
     return value
+
+
+def _to_float(value: float) -> float:
+    """One value for 1 and 1.0, and for -0.0 and 0.0, which are equal; what no float can hold is infinite."""
+    try:
+        return float(value) + 0.0
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
