@@ -1,6 +1,7 @@
 """Every setting, read once from ``IMG2IMG_*`` variables. Times are seconds, sizes bytes, sides pixels."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,10 @@ from img2img.requests import RequestLimits
 PREFIX: Final = "IMG2IMG_"
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 BUNDLED_MODEL: Final = "emoji-sd"
+CLIENT_VARIABLES: Final = frozenset({"IMG2IMG_SERVER", "IMG2IMG_KEY"})
+"""Read by the client's commands, not by the service."""
+SERVICE_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)(_\w+)?$|_PORT(_\d+_(TCP|UDP)\w*)?$")
+"""What Kubernetes puts into every container for a service whose name begins with img2img."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +100,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             if not variable.startswith(PREFIX):
                 continue
             name = variable.removeprefix(PREFIX).lower()
+            if name not in known and (variable in CLIENT_VARIABLES or SERVICE_LINK.search(variable)):
+                continue
             if name not in known:
                 raise ConfigurationError(f"{variable} is not a setting: see docs/settings.md, or unset it")
             given[name] = value
