@@ -162,7 +162,7 @@ class JobQueue:
         """
         with translated():
             async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self._job_key(job_id), *JOB_FIELDS)
+                pipe.hmget(self._job_key(job_id), list(JOB_FIELDS))
                 pipe.zrank(f"{self.prefix}ready:{self.name}", job_id)
                 fields, rank = await pipe.execute()
         if fields[0] is None or (account is not None and fields[1] != account.encode()):
@@ -299,7 +299,7 @@ class JobQueue:
     async def _load(self, job_ids: Sequence[str]) -> list[Job]:
         async with self.redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
-                pipe.hmget(self._job_key(job_id), *JOB_FIELDS)
+                pipe.hmget(self._job_key(job_id), list(JOB_FIELDS))
                 pipe.zrank(f"{self.prefix}ready:{self.name}", job_id)
             rows = await pipe.execute()
         return [_job(fields, rank) for fields, rank in zip(rows[::2], rows[1::2], strict=True) if fields[0]]

@@ -11,6 +11,10 @@ import pytest
 from img2img.client import Client, ClientError
 from tests.stack import MODEL_PATH, Stack
 
+NEW_CERTIFICATE = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 "
+    "-subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+).split()
 KEYS = {"acme": "key-of-acme", "umbrella": "key-of-umbrella"}
 
 
@@ -20,9 +24,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")
     cert, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        + ["-keyout", str(key), "-out", str(cert), "-days", "1", "-subj", "/CN=127.0.0.1"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1"],
+        [*NEW_CERTIFICATE, "-keyout", str(key), "-out", str(cert)],
         check=True,
         capture_output=True,
     )
