@@ -196,9 +196,7 @@ class TestOtherValues:
     def test_everything_else_is_decoded_as_json(self, fields: object, layout: str) -> None:
         assert decode(LAYOUTS[layout](fields)) == fields
 
-    @pytest.mark.parametrize(
-        "value", [None, True, 1.5, "x", "image", [], [{"image": [1, 2]}], ["image", [1]]]
-    )
+    @pytest.mark.parametrize("value", [None, True, 1.5, "x", "image", [], [{"image": [1, 2]}], ["image", [1]]])
     def test_json_other_than_an_object_comes_back_as_it_is(self, value: object) -> None:
         assert decode(json.dumps(value)) == value
 
@@ -293,9 +291,7 @@ class TestBadBodies:
             ),
         ),
         layout=st.sampled_from(sorted(LAYOUTS)),
-        damage=st.lists(
-            st.tuples(st.integers(0, 10**6), st.sampled_from(list(b'"\\[]{},: 1x\xff'))), max_size=2
-        ),
+        damage=st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(list(b'"\\[]{},: 1x\xff'))), max_size=2),
     )
     def test_a_damaged_body_is_told_or_decodes_as_the_standard_library_says(
         self, fields: dict[str, object], layout: str, damage: list[tuple[int, int]]
