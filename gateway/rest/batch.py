@@ -11,6 +11,8 @@ from img2img.errors import Img2ImgError, InvalidRequest, RequestTooLarge, error_
 from img2img.jobs import Job, JobState
 
 MAX_REQUESTS: Final = 100
+MAX_BYTES: Final = 10 * 1024 * 1024
+"""Cloudflare's own bound on a batch."""
 REFERENCE: Final = "external_reference"
 
 

@@ -52,10 +52,11 @@ class CloudflareController(Controller):
         request_id = new_request_id()
         request.scope["state"][REQUEST_ID] = request_id
         check_model(model.strip("/"))
-        async with front.body(request) as body:
+        is_batch = request.query_params.get("queueRequest", "").lower() == "true"
+        async with front.body(request, limit=batch.MAX_BYTES if is_batch else None) as body:
             if batch.is_poll(body):
                 return success(await batch.poll(front, account, body, request_id), request_id)
-            if request.query_params.get("queueRequest", "").lower() == "true":
+            if is_batch:
                 return success(await batch.submit(front, account, body), request_id)
             work = asyncio.create_task(
                 front.service.generate(

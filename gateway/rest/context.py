@@ -41,18 +41,21 @@ class Front(msgspec.Struct, frozen=True):
         return self.tenants.authenticate(bearer, account)
 
     @asynccontextmanager
-    async def body(self, request: AnyRequest, *, forms: bool = False) -> AsyncIterator[object]:
+    async def body(
+        self, request: AnyRequest, *, forms: bool = False, limit: int | None = None
+    ) -> AsyncIterator[object]:
         """The decoded body; its bytes count against the process's budget until the block is left.
+
+        ``limit`` is a bound in bytes below the setting's.
 
         Raises:
             MissingBody, MalformedBody, RequestTooLarge, TooManyBytesInFlight, InvalidRequest
             ClientClosed: the client went away in the middle of it.
         """
+        bound = min(self.settings.max_json_body, self.settings.max_json_body if limit is None else limit)
         with self.budget.reserve() as reservation:
             try:
-                raw = await read_body(
-                    request.stream(), self.settings.max_json_body, reservation, content_length(request)
-                )
+                raw = await read_body(request.stream(), bound, reservation, content_length(request))
             except ClientException as exc:
                 raise ClientClosed("The client went away before its request was complete") from exc
             content_type = request.headers.get("content-type", "")
