@@ -11,7 +11,7 @@ from typing import Final
 from PIL import Image
 
 from img2img.errors import InvalidImage
-from img2img.images import EXIF_ORIENTATION, PictureLimits, open_picture
+from img2img.images import HEADER_ERRORS, PictureLimits, open_picture, orientation
 from img2img.requests import SIZE_MULTIPLE, Inputs, OutputFormat
 from worker.engines.base import Pictures
 
@@ -91,27 +91,18 @@ def encode_picture(picture: Image.Image, output_format: OutputFormat, quality: i
 
 
 def _load(field: str, data: bytes, limits: PictureLimits) -> Image.Image:
-    """Decode every pixel and turn the picture upright."""
+    """Decode every pixel and turn the picture upright.
+
+    Not by ``ImageOps.exif_transpose``, which also writes the other EXIF entries anew and fails on damaged ones.
+    """
     picture = open_picture(field, data, limits)
+    turn = TURNS.get(orientation(picture))
     try:
         picture.load()
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as exc:
-        # What Pillow's decoders raise for bytes that end early or contradict themselves.
+    except (*HEADER_ERRORS, EOFError) as exc:
         raise InvalidImage(
             field, f"'/{field}' is cut off or damaged: send the whole file again, or save it anew"
         ) from exc
-    return _upright(picture)
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation.
-
-    ``ImageOps.exif_transpose`` would also write the other EXIF entries anew and fails on damaged ones.
-    """
-    try:
-        turn = TURNS.get(picture.getexif().get(EXIF_ORIENTATION, 1))
-    except (SyntaxError, OSError, ValueError, TypeError):
-        return picture  # the pixels are sound, only what is said about them is damaged
     return picture if turn is None else picture.transpose(turn)
 
 

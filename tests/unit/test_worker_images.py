@@ -94,7 +94,6 @@ def test_a_rotated_photograph_is_turned_upright(orientation, file_format):
     assert close(picture.getpixel((56, 8)), WHITE)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12"])
 def test_damaged_exif_does_not_cost_the_picture(exif):
     assert close(decoded(encoded(two_halves(RED, BLUE), "WEBP", exif=exif)).getpixel((8, 8)), RED)
