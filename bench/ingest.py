@@ -12,12 +12,17 @@ import asyncio
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Final, TypedDict, cast
 
 import msgspec
 import uvloop
+
+# Before this folder, whose gateway.py would hide the package of that name.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gateway.rest.bodies import decode_json
 
