@@ -21,9 +21,7 @@ class ChildProcess:
     that runs the event loop. ``wait``, ``stop`` and ``kill`` may be called in any order, often and together.
     """
 
-    def __init__(
-        self, name: str, process: asyncio.subprocess.Process, pump: asyncio.Task[None] | None
-    ) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, pump: asyncio.Task[None] | None) -> None:
         self.name = name
         self.pid = process.pid
         self._process = process

@@ -39,8 +39,7 @@ CONFIGURATION_STATUS: Final = 2  # gateway and worker exit with it when a settin
 COMMANDS: Final[Mapping[str, Sequence[str]]] = {
     name: (sys.executable, "-P", "-m", name) for name in ("gateway", "worker")
 }
-# The client's own, and what makes no sense on loopback.
-LEFT_OUT: Final = frozenset({"IMG2IMG_SERVER", "IMG2IMG_KEY", "IMG2IMG_TLS_CERT", "IMG2IMG_TLS_KEY"})
+LEFT_OUT: Final = frozenset({"IMG2IMG_TLS_CERT", "IMG2IMG_TLS_KEY"})  # loopback needs no TLS
 
 
 class ServiceFailed(Exception):

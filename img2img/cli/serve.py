@@ -13,7 +13,6 @@ from img2img.cli.up import ENGINES
 
 # A module of each extra that nothing else brings along.
 EXTRAS: Final = {"gateway": "litestar", "worker": "uvloop"}
-CLIENT_VARIABLES: Final = ("IMG2IMG_SERVER", "IMG2IMG_KEY")
 
 
 def setting(name: str, **options: Any) -> Callable[[Command], Command]:
@@ -27,11 +26,10 @@ def become(program: str, given: dict[str, Any]) -> None:
     """Replace this process by ``python -m program``; it reads and checks the variables itself."""
     if find_spec(EXTRAS[program]) is None:
         raise click.ClickException(f"The {program} needs packages that are missing: pip install 'img2img[{program}]'")
-    environment = {name: value for name, value in os.environ.items() if name not in CLIENT_VARIABLES}
-    environment |= {f"IMG2IMG_{name.upper()}": str(value) for name, value in given.items() if value is not None}
+    options = {f"IMG2IMG_{name.upper()}": str(value) for name, value in given.items() if value is not None}
     # -P: a folder of the same name where the command is typed must not be taken for ours.
     command = [sys.executable, "-P", "-m", program]
-    os.execve(command[0], command, environment)  # noqa: S606 - no shell is the point
+    os.execve(command[0], command, os.environ | options)  # noqa: S606 - no shell is the point
 
 
 redis_url = setting("--redis-url", metavar="URL", help="The Redis or Valkey server, redis://… or unix://…")
