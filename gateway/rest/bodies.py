@@ -182,8 +182,10 @@ class _Document:
             name = string.group()[1:-1]
             if depth == 1:
                 member = name
-            if depth == 1 or (depth == 3 and member == b"requests"):
+            if depth == 1:
                 await self._take(name)
+            elif depth == 3 and member == b"requests":
+                await self._take_from_request(name)
             strings += 1
             if strings % _STRINGS_PER_TURN == 0:
                 await asyncio.sleep(0)
@@ -201,6 +203,23 @@ class _Document:
                     decoded = _decode_text("image_b64", view[text.end() : end])
                 self._position = end
                 self._fill_slot(decoded)
+
+    async def _take_from_request(self, name: bytes) -> None:
+        """The same inside of a batch, where an error names the request as well."""
+        try:
+            await self._take(name)
+        except InvalidRequest as exc:
+            index = self._request_index()
+            raise type(exc)(f"requests/{index}/{exc.field}", f"request {index}: {exc.reason}") from exc
+
+    def _request_index(self) -> int:
+        """Which request of a batch the walk is in: how many commas of the array have passed."""
+        depth = index = 0
+        for char in _STRING.sub(b"", self._rest):
+            depth += (char in b"{[") - (char in b"}]")
+            if char in b"," and depth <= 2:
+                index = index + 1 if depth == 2 else 0
+        return index
 
     async def _array(self, field: str, start: int) -> bytes:
         """Decode the array whose first item begins at ``start``, and stand behind its end.
