@@ -3,12 +3,16 @@
 import hashlib
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import httpx
 from PIL import Image
+
+from tests.stack import eventually, state_of, submit
 
 MODEL = "@cf/runwayml/stable-diffusion-v1-5-img2img"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -63,6 +67,17 @@ def jobs_of(client: httpx.Client, account: str | None = None) -> list[dict[str, 
     answer = client.get("/v1/jobs", params={"limit": 100}, headers=bearer(account) if account else {})
     assert answer.status_code == 200, answer.text
     return answer.json()["jobs"]
+
+
+@contextmanager
+def blocked(client: httpx.Client) -> Iterator[None]:
+    """Nothing is started until the block is left, where there is one worker with one slot."""
+    blocker = submit(client, prompt="fake:step=60", options={"priority": 10})["id"]
+    eventually(lambda: state_of(client, blocker) == "running", "the worker is held")
+    try:
+        yield
+    finally:
+        client.post(f"/v1/jobs/{blocker}/cancel")
 
 
 def is_picture(answer: httpx.Response) -> bool:

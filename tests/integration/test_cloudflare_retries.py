@@ -6,15 +6,14 @@ One worker with one slot, held by a blocker, keeps every other job queued for as
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
 
-from tests.calls import bearer, is_picture, jobs_of, model_error, run_path, write_tenants
-from tests.stack import Gateway, Stack, eventually, state_of, submit
+from tests.calls import bearer, blocked, is_picture, jobs_of, model_error, run_path, write_tenants
+from tests.stack import Gateway, Stack, eventually, state_of
 
 ACCOUNTS = [f"account{number}" for number in range(40)]
 RETRY = {"x-stainless-retry-count": "1"}
@@ -28,6 +27,7 @@ class Service(msgspec.Struct):
     impatient: Gateway
     hasty: Gateway
     stack: Stack
+    blocker: httpx.Client
     unused: Iterator[str]
 
 
@@ -39,7 +39,9 @@ def service(valkey_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         stack.worker(concurrency="1", retry_delay="0.01")
         impatient = stack.gateway(sync_timeout="0.2", retry_grace="60")
         hasty = stack.gateway(sync_timeout="0.2", retry_grace="0.1")
-        yield Service(stack.gateway(), impatient, hasty, stack, iter(ACCOUNTS))
+        patient = stack.gateway()
+        with patient.client(headers=bearer("blocker")) as blocker:
+            yield Service(patient, impatient, hasty, stack, blocker, iter(ACCOUNTS))
 
 
 @pytest.fixture
@@ -53,18 +55,6 @@ def client(service: Service, account: str) -> Iterator[httpx.Client]:
     """A client of the account at the gateway that waits."""
     with service.patient.client(headers=bearer(account)) as client:
         yield client
-
-
-@contextmanager
-def blocked(service: Service) -> Iterator[None]:
-    """Nothing is started until the block is left."""
-    with service.patient.client(headers=bearer("blocker")) as client:
-        blocker = submit(client, prompt="fake:step=60", options={"priority": 10})["id"]
-        eventually(lambda: state_of(client, blocker) == "running", "the worker is held")
-        try:
-            yield
-        finally:
-            client.post(f"/v1/jobs/{blocker}/cancel")
 
 
 def run(gateway: Gateway, account: str, body: dict[str, Any], **headers: str) -> httpx.Response:
@@ -85,7 +75,7 @@ def time_out(service: Service, account: str, body: dict[str, Any], **headers: st
 def test_a_retry_joins_the_job_of_the_call_that_timed_out(service: Service, account: str, client: httpx.Client) -> None:
     """408 is an answer in time, not the end: the same body with a retry count gets the first job's picture."""
     body = {"prompt": "x"}
-    with blocked(service):
+    with blocked(service.blocker):
         job = time_out(service, account, body)
     answer = client.post(run_path(account), json=body, headers=RETRY)
     assert is_picture(answer)
@@ -95,7 +85,7 @@ def test_a_retry_joins_the_job_of_the_call_that_timed_out(service: Service, acco
 
 def test_a_second_retry_joins_as_well(service: Service, account: str, client: httpx.Client) -> None:
     """An SDK tries three times; each waits for the one job."""
-    with blocked(service):
+    with blocked(service.blocker):
         jobs = {
             time_out(service, account, {"prompt": "x"}),
             time_out(service, account, {"prompt": "x"}, x_stainless_retry_count="1"),
@@ -108,7 +98,7 @@ def test_a_second_retry_joins_as_well(service: Service, account: str, client: ht
 def test_a_retry_joins_the_job_of_a_client_that_hung_up(service: Service, account: str, client: httpx.Client) -> None:
     """A client that gives up first closes its connection; its job waits for the retry."""
     body = msgspec.json.encode({"prompt": "x"})
-    with blocked(service):
+    with blocked(service.blocker):
         hang_up(service.patient, account, body, lambda: len(jobs_of(client)) == 1)
     answer = client.post(run_path(account), content=body, headers=RETRY)
     assert is_picture(answer)
@@ -128,7 +118,7 @@ def hang_up(gateway: Gateway, account: str, body: bytes, when: Callable[[], bool
 def test_two_callers_wait_for_one_job(service: Service, account: str, client: httpx.Client) -> None:
     """A retry that overtakes the call it repeats: both get the picture of the one job."""
     with ThreadPoolExecutor() as pool:
-        with blocked(service):
+        with blocked(service.blocker):
             first = pool.submit(run, service.patient, account, {"prompt": "x"})
             eventually(lambda: len(jobs_of(client)) == 1, "the first call has its job")
             second = pool.submit(run, service.patient, account, {"prompt": "x"}, x_stainless_retry_count="1")
@@ -150,7 +140,7 @@ def test_a_retry_of_a_finished_call_gets_its_picture(account: str, client: httpx
 @pytest.mark.parametrize("count", [None, "0", "", "-1", "abc"])
 def test_what_is_no_retry_is_a_new_job(service: Service, account: str, client: httpx.Client, count: str | None) -> None:
     """Two calls with the same body are two pictures, unless the second says that it is a retry."""
-    with blocked(service):
+    with blocked(service.blocker):
         job = time_out(service, account, {"prompt": "x"})
     headers = {} if count is None else {"x-stainless-retry-count": count}
     answer = client.post(run_path(account), json={"prompt": "x"}, headers=headers)
@@ -164,7 +154,7 @@ def test_another_body_does_not_join(
     service: Service, account: str, client: httpx.Client, change: dict[str, Any]
 ) -> None:
     """A retry repeats its body to the letter; anything else is another wish."""
-    with blocked(service):
+    with blocked(service.blocker):
         job = time_out(service, account, {"prompt": "x"})
     with service.patient.client(headers=bearer(account)) as idle:
         eventually(lambda: state_of(idle, job) == "succeeded", "the first job is done")
@@ -175,7 +165,7 @@ def test_another_body_does_not_join(
 
 def test_another_account_does_not_join(service: Service, account: str, client: httpx.Client) -> None:
     """Jobs are never shared between accounts, whatever their bodies."""
-    with blocked(service):
+    with blocked(service.blocker):
         time_out(service, account, {"prompt": "x"})
     stranger = next(service.unused)
     answer = run(service.patient, stranger, {"prompt": "x"}, x_stainless_retry_count="1")
@@ -187,7 +177,7 @@ def test_another_account_does_not_join(service: Service, account: str, client: h
 def test_the_same_idempotency_key_joins(service: Service, account: str, client: httpx.Client) -> None:
     """A key does without a retry count, and finds the job after its end, too."""
     body, key = {"prompt": "x"}, {"idempotency-key": "order 66"}
-    with blocked(service):
+    with blocked(service.blocker):
         job = time_out(service, account, body, idempotency_key="order 66")
     answers = [client.post(run_path(account), json=body, headers=key) for _ in range(2)]
     assert all(is_picture(answer) for answer in answers)
@@ -211,7 +201,7 @@ def test_a_job_that_nobody_waits_for_is_canceled(
 ) -> None:
     """After the grace period without a retry the work would be for nobody, whether it had begun or not."""
     if start == "queued":
-        with blocked(service):
+        with blocked(service.blocker):
             job = _abandon(service, account)
             eventually(lambda: state_of(client, job) == "canceled", "the queued job ends")
     else:
@@ -238,7 +228,7 @@ def test_a_job_whose_client_hung_up_is_canceled(service: Service, account: str, 
 
 def test_a_retry_after_the_grace_period_starts_anew(service: Service, account: str, client: httpx.Client) -> None:
     """The canceled job is no answer to somebody who waits after all."""
-    with blocked(service):
+    with blocked(service.blocker):
         answer = run(service.hasty, account, {"prompt": "x"})
         model_error(answer, 3007, 408, "wait_timeout")
         job = jobs_of(client)[0]["id"]
