@@ -1,0 +1,81 @@
+"""What surrounds every method of our service: its span, its caller's account, and its errors."""
+
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any, Final, TypeAlias
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.message import DecodeError
+
+from gateway.rpc.errors import abort, to_status
+from gateway.rpc.tracing import server_span
+from gateway.tenants import Tenants
+from img2img.errors import Img2ImgError, MalformedBody
+
+SERVICE: Final = "img2img.v1.Img2ImgService"
+UNEXPECTED: Final = "The gateway failed unexpectedly: try again, and look into its log"
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context = grpc.aio.ServicerContext[Any, Any]
+
+caller: Final[ContextVar[str]] = ContextVar("caller")
+"""The account that the current call belongs to; each call runs in a task, and so in a context, of its own."""
+
+log = structlog.get_logger(__name__)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the methods of our service; health and reflection need no key and leave no span.
+
+    Methods that stream write to their context and return, so that unary and streaming ones look alike here
+    and everything they opened is closed in their own task when the caller goes away.
+    """
+
+    def __init__(self, tenants: Tenants) -> None:
+        self._tenants = tenants
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(f"/{SERVICE}/"):
+            return handler
+
+        async def call(raw: bytes, context: Context) -> Any:
+            with server_span(method, context):
+                return await self._answer(method, handler, raw, context)
+
+        # No deserializer, so that a broken message is an error like any other.
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(call, None, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
+
+    async def _answer(self, method: str, handler: Handler, raw: bytes, context: Context) -> Any:
+        behavior: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        try:
+            caller.set(self._authenticate(context))
+            return await behavior(_decode(handler, raw), context)
+        except grpc.aio.AbortError:
+            raise
+        except Img2ImgError as exc:
+            await abort(context, to_status(exc))
+        except Exception:
+            log.exception("rpc_failed", method=method)
+            await abort(context, to_status(Img2ImgError(UNEXPECTED)))
+
+    def _authenticate(self, context: Context) -> str:
+        metadata = context.invocation_metadata() or ()
+        given = next((value for key, value in metadata if key == "authorization"), None)
+        return self._tenants.authenticate(given if isinstance(given, str) else None)
+
+
+def _decode(handler: Handler, raw: bytes) -> Any:
+    try:
+        return handler.request_deserializer(raw)  # type: ignore[misc]
+    except DecodeError as exc:
+        raise MalformedBody("The message is not what the method takes: check it against img2img.proto") from exc

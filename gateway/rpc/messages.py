@@ -1,0 +1,146 @@
+"""Protobuf messages to what the service takes, and what it answers to protobuf messages."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from img2img.images import PictureInfo
+from img2img.jobs import Job, JobEvent, JobState, Result
+from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
+from img2img.v1 import img2img_pb2 as pb
+
+STATES: Final = {state: f"JOB_STATE_{state.name}" for state in JobState}
+SAMPLERS: Final = {sampler: f"SAMPLER_{sampler.name}" for sampler in Sampler}
+FORMATS: Final = {form: f"OUTPUT_FORMAT_{form.name}" for form in OutputFormat}
+STATE_NUMBERS: Final = {pb.JobState.Value(name): state for state, name in STATES.items()}
+_OPTION_NUMBERS: Final[Mapping[str, Mapping[int, str]]] = {
+    "sampler": {pb.Sampler.Value(name): sampler.value for sampler, name in SAMPLERS.items()},
+    "output_format": {pb.OutputFormat.Value(name): form.value for form, name in FORMATS.items()},
+}
+
+
+def request_fields(message: pb.Img2ImgRequest) -> dict[str, Any]:
+    """The fields that are present, unchecked; pictures as their bytes."""
+    return _present(message)
+
+
+def option_fields(message: pb.JobOptions) -> dict[str, Any]:
+    """The options that are present, unchecked; an enum's number that we do not know stays in as text."""
+    fields = _present(message)
+    for name, known in _OPTION_NUMBERS.items():
+        if name in fields:
+            fields[name] = known.get(fields[name], str(fields[name]))
+    return fields
+
+
+def job_message(job: Job) -> pb.Job:
+    spec, outcome = job.spec, job.outcome
+    message = pb.Job(
+        id=job.id,
+        state=STATES[job.state],
+        attempt=job.attempt,
+        parameters=_parameters(spec.parameters),
+        options=_options(spec.options),
+        seed=spec.seed,
+        create_time=_time(job.created_at),
+        expire_time=_time(job.expires_at),
+        start_time=None if job.started_at is None else _time(job.started_at),
+        finish_time=None if job.finished_at is None else _time(job.finished_at),
+        queue_position=job.queue_position,
+        warnings=spec.warnings,
+    )
+    if job.executed_by is not None:
+        message.executed_by = job.executed_by
+    if job.running is not None:
+        _set_size(message, job.running.width, job.running.height)
+        if job.state == JobState.RUNNING:
+            message.step, message.steps = job.running.step, job.running.steps
+    if outcome is not None:
+        message.timings.update({stage.value: seconds for stage, seconds in outcome.timings.items()})
+        message.warnings[:] = outcome.warnings or spec.warnings
+        if outcome.error is not None:
+            message.error.CopyFrom(_error(outcome.error.code, outcome.error.message))
+        if outcome.result is not None:
+            message.result.CopyFrom(result_message(outcome.result))
+            _set_size(message, outcome.result.width, outcome.result.height)
+    return message
+
+
+def result_message(result: Result) -> pb.JobResult:
+    return pb.JobResult(
+        media_type=result.media_type,
+        width=result.width,
+        height=result.height,
+        size_bytes=result.bytes,
+        sha256=result.sha256,
+        expire_time=_time(result.expires_at),
+    )
+
+
+def event_message(event: JobEvent, attempt: int) -> pb.WatchJobResponse:
+    """An event of the job's log; ``attempt`` is the one that it happened in."""
+    message = pb.WatchJobResponse(
+        sequence=event.seq,
+        type=event.type,
+        time=_time(event.at),
+        state=STATES[event.state],
+        attempt=attempt,
+    )
+    match event.data:
+        case {"stage": str(stage), "step": int(step), "steps": int(steps)}:
+            message.stage, message.step, message.steps = stage, step, steps
+        case {"error": {"code": str(code), "message": str(text)}}:
+            message.error.CopyFrom(_error(code, text))
+    return message
+
+
+def _present(message: Message) -> dict[str, Any]:
+    return {field.name: value for field, value in message.ListFields()}
+
+
+def _parameters(parameters: Parameters) -> pb.Parameters:
+    return pb.Parameters(
+        prompt=parameters.prompt,
+        negative_prompt=parameters.negative_prompt,
+        height=parameters.height,
+        width=parameters.width,
+        image=_picture(parameters.image),
+        mask=_picture(parameters.mask),
+        num_steps=parameters.num_steps,
+        strength=parameters.strength,
+        guidance=parameters.guidance,
+    )
+
+
+def _picture(info: PictureInfo | None) -> pb.PictureInfo | None:
+    if info is None:
+        return None
+    return pb.PictureInfo(format=info.format, width=info.width, height=info.height, size_bytes=info.bytes)
+
+
+def _options(options: JobOptions) -> pb.JobOptions:
+    return pb.JobOptions(
+        priority=options.priority,
+        deadline_seconds=options.deadline_seconds,
+        sampler=None if options.sampler is None else SAMPLERS[options.sampler],
+        output_format=FORMATS[options.output_format],
+        output_quality=options.output_quality,
+        reject_if_busy=options.reject_if_busy,
+    )
+
+
+def _error(code: str, text: str) -> pb.JobError:
+    return pb.JobError(code=code, message=text)
+
+
+def _set_size(message: pb.Job, width: int | None, height: int | None) -> None:
+    if width is not None and height is not None:
+        message.width, message.height = width, height
+
+
+def _time(milliseconds: int) -> Timestamp:
+    time = Timestamp()
+    time.FromMilliseconds(milliseconds)
+    return time
