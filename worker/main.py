@@ -41,13 +41,13 @@ def choose_engine(settings: Settings) -> Engine:
     return DiffusionEngine(settings.model, settings.device)
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, engine: Engine) -> None:
     """Work until SIGTERM or SIGINT; then drain, hand back, and close in reverse order of opening."""
     loop = asyncio.get_running_loop()
     name = f"{socket.gethostname()}-{os.getpid()}-{uuid_utils.uuid7().hex[-6:]}"
     async with open_parts(settings) as parts:
         started = time.perf_counter()
-        async with choose_engine(settings) as engine:
+        async with engine:
             telemetry.MODEL_LOAD_SECONDS.observe(time.perf_counter() - started)
             info = WorkerInfo(name, settings.concurrency, engine.info.name, engine.info.model, engine.info.device)
             runner = JobRunner(parts.queue, parts.blobs, engine, settings, name)
@@ -65,7 +65,9 @@ def main() -> None:
         settings = Settings.from_environment()
         telemetry.configure_logging(settings.log_level, settings.log_format)
         with telemetry.tracing("img2img-worker"):
-            uvloop.run(serve(settings))
+            # Importing torch takes seconds: before there is a loop that it could hold up.
+            engine = choose_engine(settings)
+            uvloop.run(serve(settings, engine))
     except Img2ImgError as exc:
         sys.stderr.write(f"img2img worker: {exc}\n")
         sys.exit(2 if isinstance(exc, ConfigurationError) else 1)

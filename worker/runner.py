@@ -34,7 +34,7 @@ from img2img.queue import Claim, JobQueue
 from img2img.requests import Inputs
 from img2img.server import milliseconds
 from img2img.settings import Settings
-from worker.engines.base import Engine, Image, Pictures, Progress, Task, Warning
+from worker.engines.base import Engine, Image, Notice, Pictures, Progress, Task
 from worker.images import decode_inputs, encode_picture, resolve_size
 
 MAX_RETRY_DELAY: Final = 60.0
@@ -251,7 +251,7 @@ class JobRunner:
                     case Progress():
                         attempt.clock.enter(output.stage)
                         reporter.report(output)
-                    case Warning():
+                    case Notice():
                         attempt.warnings.append(output.message)
                     case Image():
                         return output

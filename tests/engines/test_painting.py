@@ -136,7 +136,7 @@ def test_text_to_image_takes_every_step_and_encodes_no_picture(tiny):
 def test_a_long_prompt_is_cut_with_a_warning(tiny):
     task = task_of(prompt="a lion " * 40, negative_prompt="dog " * 31, width=64, height=64)
 
-    warnings = [item.message for item in paint(tiny, task, Pictures()) if isinstance(item, base.Warning)]
+    warnings = [item.message for item in paint(tiny, task, Pictures()) if isinstance(item, base.Notice)]
 
     assert warnings == [
         "negative_prompt was cut to what the model reads: 30 of its 31 tokens were kept",
@@ -147,7 +147,7 @@ def test_a_long_prompt_is_cut_with_a_warning(tiny):
 def test_a_prompt_that_just_fits_is_not_cut(tiny):
     outputs = paint(tiny, task_of(prompt="lion " * 30, width=64, height=64), Pictures())
 
-    assert not [item for item in outputs if isinstance(item, base.Warning)]
+    assert not [item for item in outputs if isinstance(item, base.Notice)]
 
 
 def test_the_negative_prompt_needs_guidance_above_1(tiny):

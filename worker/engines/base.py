@@ -53,7 +53,7 @@ class Progress(msgspec.Struct, frozen=True):
     steps: int = 0
 
 
-class Warning(msgspec.Struct, frozen=True):
+class Notice(msgspec.Struct, frozen=True):
     """Something the user should know about the result, such as a prompt that was cut."""
 
     message: str
@@ -65,7 +65,7 @@ class Image(msgspec.Struct, frozen=True):
     picture: PillowImage.Image
 
 
-Output = Progress | Warning | Image
+Output = Progress | Notice | Image
 
 
 class Engine(Protocol):
@@ -81,7 +81,7 @@ class Engine(Protocol):
     ) -> None: ...
 
     def generate(self, task: Task, pictures: Pictures) -> AsyncIterator[Output]:
-        """Yield ``Progress`` as work goes on, ``Warning`` where there is one, and last an ``Image``.
+        """Yield ``Progress`` as work goes on, ``Notice`` where there is one, and last an ``Image``.
 
         Closing the iterator (``aclose``) stops the work within one step and returns only when it
         has stopped; it may be closed at any time, and twice.

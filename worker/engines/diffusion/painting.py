@@ -69,14 +69,14 @@ def _check(task: Task, pictures: Pictures) -> None:
         raise ModelRefused("strength times num_steps is less than one step: raise one of them")
 
 
-def _encode_prompts(model: DiffusionModel, task: Task) -> tuple[torch.Tensor, list[base.Warning]]:
+def _encode_prompts(model: DiffusionModel, task: Task) -> tuple[torch.Tensor, list[base.Notice]]:
     """Embeddings (1 or 2, window, features), the negative prompt's first where guidance uses it."""
     prompts = {"prompt": task.prompt}
     if task.guidance > 1:
         prompts = {"negative_prompt": task.negative_prompt, **prompts}
     texts = {name: model.encode_text(text) for name, text in prompts.items()}
     warnings = [
-        base.Warning(f"{name} was cut to what the model reads: {text.kept} of its {text.tokens} tokens were kept")
+        base.Notice(f"{name} was cut to what the model reads: {text.kept} of its {text.tokens} tokens were kept")
         for name, text in texts.items()
         if text.kept < text.tokens
     ]
