@@ -19,11 +19,15 @@ import msgspec
 
 from img2img.errors import InvalidRequest
 from img2img.images import PictureInfo, PictureLimits, probe
-from img2img.schema import validate
+from img2img.schema import INPUT_SCHEMA, validate
 
 SIZE_MULTIPLE: Final = 8
 MAX_SEED: Final = 2**64 - 1
 MAX_GUIDANCE: Final = 50.0
+MAX_NOTED: Final = 5
+"""Unknown fields that are named in warnings; the others are counted."""
+KNOWN_FIELDS: Final = frozenset(INPUT_SCHEMA["properties"]) | {"options", "external_reference"}
+MAX_UNKNOWN_NAMED: Final = 5
 
 
 class Sampler(StrEnum):
@@ -130,9 +134,7 @@ def draw_seed() -> int:
     return secrets.randbits(32)
 
 
-def build_request(
-    body: object, options: object = None, limits: RequestLimits | None = None
-) -> CheckedRequest:
+def build_request(body: object, options: object = None, limits: RequestLimits | None = None) -> CheckedRequest:
     """Check a decoded body and options; ``image`` and ``mask`` may be bytes or lists of integers.
 
     Raises:
@@ -149,12 +151,12 @@ def build_request(
     request = Img2ImgRequest(**fields)
     _check_rules(request, limits)
     request, warnings = _round_size(request)
+    warnings += _unknown_fields(body)
+    warnings += _unknown_fields(body)
     image = None if request.image is None else probe("image", request.image, limits.pictures)
     mask = None if request.mask is None else probe("mask", request.mask, limits.pictures)
     if image and mask and (image.width, image.height) != (mask.width, mask.height):
-        warnings.append(
-            f"mask {mask.width}x{mask.height} was resized to the image's {image.width}x{image.height}"
-        )
+        warnings.append(f"mask {mask.width}x{mask.height} was resized to the image's {image.width}x{image.height}")
     return CheckedRequest(
         request=request,
         options=build_options(options, limits),
@@ -204,9 +206,7 @@ def _check_rules(request: Img2ImgRequest, limits: RequestLimits) -> None:
     if not (math.isfinite(request.guidance) and 0 <= request.guidance <= MAX_GUIDANCE):
         raise InvalidRequest("guidance", f"'/guidance' must be between 0 and {MAX_GUIDANCE:g}")
     if request.image is not None and int(request.num_steps * request.strength) < 1:
-        raise InvalidRequest(
-            "strength", "'/strength' times '/num_steps' must be at least one step: raise one of them"
-        )
+        raise InvalidRequest("strength", "'/strength' times '/num_steps' must be at least one step: raise one of them")
     if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
         raise InvalidRequest("seed", "'/seed' must be between 0 and 18446744073709551615")
 
@@ -223,6 +223,22 @@ def _round_size(request: Img2ImgRequest) -> tuple[Img2ImgRequest, list[str]]:
         for name, value in rounded.items()
     ]
     return msgspec.structs.replace(request, **rounded), warnings
+
+
+def _unknown_fields(body: object) -> list[str]:
+    """Fields outside the schema are accepted, as Cloudflare does, but a misspelt one should not go unnoticed."""
+    names = [name for name in body if name not in KNOWN_FIELDS] if isinstance(body, Mapping) else []
+    return [f"unknown field {str(name)[:64]!r} was ignored" for name in names[:MAX_UNKNOWN_NAMED]]
+
+
+def _unknown_fields(body: object) -> list[str]:
+    """Cloudflare ignores what its schema does not name, and so do we; a misspelt name should show all the same."""
+    known = {*INPUT_SCHEMA["properties"], "options"}
+    unknown = [str(name) for name in body if name not in known] if isinstance(body, Mapping) else []
+    warnings = [f"unknown field {name[:40]!r} was ignored" for name in unknown[:MAX_NOTED]]
+    if len(unknown) > MAX_NOTED:
+        warnings.append(f"{len(unknown) - MAX_NOTED} more unknown fields were ignored")
+    return warnings
 
 
 def _parameters(request: Img2ImgRequest, image: PictureInfo | None, mask: PictureInfo | None) -> Parameters:

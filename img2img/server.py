@@ -79,5 +79,3 @@ async def check_server(redis: ArqRedis) -> None:
 def milliseconds(seconds: float) -> int:
     """Whole milliseconds, rounded up, so that a short time never becomes none."""
     return math.ceil(seconds * 1000)
-
-

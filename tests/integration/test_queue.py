@@ -14,7 +14,7 @@ from arq.jobs import JobStatus
 from img2img.errors import ConfigurationError, IdempotencyConflict, JobNotFound, LeaseLost, NoCapacity, Unavailable
 from img2img.events import EventHub
 from img2img.jobs import Failure, JobSpec, JobState, Outcome, Running, Stage, StopReason
-from img2img.queue import Claim, Join, JobQueue, Lifetime, Waiter, WorkerInfo
+from img2img.queue import Claim, JobQueue, Join, Lifetime, Waiter, WorkerInfo
 from img2img.requests import build_request
 from img2img.server import check_server, open_redis
 
