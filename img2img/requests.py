@@ -6,7 +6,6 @@ everywhere, because no front end checks anything itself.
 """
 
 import base64
-import binascii
 import contextlib
 import hashlib
 import math
@@ -27,7 +26,6 @@ MAX_GUIDANCE: Final = 50.0
 MAX_NOTED: Final = 5
 """Unknown fields that are named in warnings; the others are counted."""
 KNOWN_FIELDS: Final = frozenset(INPUT_SCHEMA["properties"]) | {"options", "external_reference"}
-MAX_UNKNOWN_NAMED: Final = 5
 
 
 class Sampler(StrEnum):
@@ -152,7 +150,6 @@ def build_request(body: object, options: object = None, limits: RequestLimits | 
     _check_rules(request, limits)
     request, warnings = _round_size(request)
     warnings += _unknown_fields(body)
-    warnings += _unknown_fields(body)
     image = None if request.image is None else probe("image", request.image, limits.pictures)
     mask = None if request.mask is None else probe("mask", request.mask, limits.pictures)
     if image and mask and (image.width, image.height) != (mask.width, mask.height):
@@ -226,15 +223,8 @@ def _round_size(request: Img2ImgRequest) -> tuple[Img2ImgRequest, list[str]]:
 
 
 def _unknown_fields(body: object) -> list[str]:
-    """Fields outside the schema are accepted, as Cloudflare does, but a misspelt one should not go unnoticed."""
-    names = [name for name in body if name not in KNOWN_FIELDS] if isinstance(body, Mapping) else []
-    return [f"unknown field {str(name)[:64]!r} was ignored" for name in names[:MAX_UNKNOWN_NAMED]]
-
-
-def _unknown_fields(body: object) -> list[str]:
     """Cloudflare ignores what its schema does not name, and so do we; a misspelt name should show all the same."""
-    known = {*INPUT_SCHEMA["properties"], "options"}
-    unknown = [str(name) for name in body if name not in known] if isinstance(body, Mapping) else []
+    unknown = [str(name) for name in body if name not in KNOWN_FIELDS] if isinstance(body, Mapping) else []
     warnings = [f"unknown field {name[:40]!r} was ignored" for name in unknown[:MAX_NOTED]]
     if len(unknown) > MAX_NOTED:
         warnings.append(f"{len(unknown) - MAX_NOTED} more unknown fields were ignored")
@@ -275,8 +265,10 @@ def _decode_base64(text: str) -> bytes:
     """Decode standard or URL-safe base64, with or without padding, line breaks or a ``data:`` prefix."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
+    with contextlib.suppress(ValueError):
+        return base64.b64decode(text, validate=True)  # what nearly everybody sends, in half the time
     compact = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError) as exc:
+    except ValueError as exc:
         raise InvalidRequest("image_b64", f"'/image_b64' is not base64: {exc}") from exc

@@ -1,5 +1,6 @@
 """Every setting, read once from ``IMG2IMG_*`` variables. Times are seconds, sizes bytes, sides pixels."""
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +16,12 @@ from img2img.requests import RequestLimits
 PREFIX: Final = "IMG2IMG_"
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 BUNDLED_MODEL: Final = "emoji-sd"
+MAX_PORT: Final = 65535
+POSITIVE: Final = (
+    "attempt_timeout", "attempts", "beat", "concurrency", "idempotency_retention", "job_retention", "lease",
+    "max_image_bytes", "max_image_side", "max_job_age", "max_json_body", "max_prompt_bytes", "result_retention",
+    "sync_timeout",
+)  # fmt: skip
 CLIENT_VARIABLES: Final = frozenset({"IMG2IMG_SERVER", "IMG2IMG_KEY"})
 """Read by the client's commands, not by the service."""
 SERVICE_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)(_\w+)?$|_PORT(_\d+_(TCP|UDP)\w*)?$")
@@ -89,7 +96,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ, **overrides: Any) -> "Settings":
-        """Read the variables; ``overrides`` that are not None win over them.
+        """Read the variables, of which an empty one counts as unset; ``overrides`` that are not None win.
 
         Raises:
             ConfigurationError: an unknown variable or a value of the wrong form, named with its remedy.
@@ -104,7 +111,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 continue
             if name not in known:
                 raise ConfigurationError(f"{variable} is not a setting: see docs/settings.md, or unset it")
-            given[name] = value
+            if value:
+                given[name] = value
         given |= {name: value for name, value in overrides.items() if value is not None}
         try:
             settings = msgspec.convert(given, cls, strict=False, dec_hook=_decode)
@@ -120,12 +128,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ConfigurationError: says which and how to mend it.
         """
+        for name in POSITIVE:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigurationError(f"{PREFIX}{name.upper()} must be above 0")
+        for name in ("http_port", "grpc_port"):
+            if not 0 <= getattr(self, name) <= MAX_PORT:
+                raise ConfigurationError(f"{PREFIX}{name.upper()} must be a port, 0 to {MAX_PORT} (0: any free one)")
         if self.lease < 2 * self.beat:
             raise ConfigurationError("IMG2IMG_LEASE must be at least twice IMG2IMG_BEAT")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigurationError("IMG2IMG_TLS_CERT and IMG2IMG_TLS_KEY go together: set both or none")
         if self.job_retention < self.result_retention:
             raise ConfigurationError("IMG2IMG_JOB_RETENTION must be at least IMG2IMG_RESULT_RETENTION")
+        if self.max_body_bytes_in_flight < 2 * self.max_json_body:
+            raise ConfigurationError(
+                "IMG2IMG_MAX_BODY_BYTES_IN_FLIGHT must be at least twice IMG2IMG_MAX_JSON_BODY: a body counts twice, "
+                "as it comes in and decoded"
+            )
         if self.engine not in ("auto", "diffusion", "fake"):
             raise ConfigurationError(f"IMG2IMG_ENGINE must be auto, diffusion or fake, not {self.engine!r}")
 

@@ -11,10 +11,8 @@ import pytest
 from img2img.client import Client, ClientError
 from tests.stack import MODEL_PATH, Stack
 
-NEW_CERTIFICATE = (
-    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 "
-    "-subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
-).split()
+NEW_CERTIFICATE = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+FOR_LOOPBACK = ["-days", "1", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
 KEYS = {"acme": "key-of-acme", "umbrella": "key-of-umbrella"}
 
 
@@ -24,7 +22,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")
     cert, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
-        [*NEW_CERTIFICATE, "-keyout", str(key), "-out", str(cert)],
+        [*NEW_CERTIFICATE, *FOR_LOOPBACK, "-keyout", str(key), "-out", str(cert)],
         check=True,
         capture_output=True,
     )

@@ -166,12 +166,16 @@ class TestOurRules:
             {"negative_prompt": ""},
             {"image": PICTURE, "num_steps": 20, "strength": 0.05},
             {"image": list(PICTURE), "mask": list(PICTURE)},
-            {"options": {"rejectIfBusy": True}, "unknown": [1]},
+            {"options": {"rejectIfBusy": True}, "external_reference": "mine"},
         ],
         ids=lambda fields: str(fields)[:30],
     )
     def test_the_ends_of_each_range_are_inside(self, fields: dict[str, object]) -> None:
         assert build_request({"prompt": "x"} | fields).warnings == ()
+
+    def test_unknown_fields_are_accepted_and_noted(self) -> None:
+        warnings = build_request({"prompt": "x", "strenght": 0.5}).warnings
+        assert warnings == ("unknown field 'strenght' was ignored",)
 
     def test_prompts_are_bounded_in_bytes(self) -> None:
         limits = RequestLimits(prompt_bytes=8)
