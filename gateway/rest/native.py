@@ -24,6 +24,7 @@ from img2img.queue import QueueStats
 
 MAX_PAGE: Final = 100
 JOB_HEADER: Final = "img2img-job-id"
+CLOUDFLARE_BUSY: Final = "rejectIfBusy"
 MAX_EVENT: Final = 2**63 - 1
 """The server's streams count no further; asking beyond it would be an error of its own."""
 EVENT_DIGITS: Final = 19
@@ -69,7 +70,7 @@ class JobsController(Controller):
         account = front.authenticate(request)
         key, deadline = idempotency_key(request), _deadline(request)
         async with front.body(request, forms=True) as body:
-            options = body.get("options") if isinstance(body, dict) else None
+            options = _options(body)
             order = Order(
                 front_end="rest",
                 account=account,
@@ -157,6 +158,15 @@ async def _messages(front: Front, account: str, job_id: str, after: int) -> Asyn
         for event in events:
             data = msgspec.json.encode(event_view(event)).decode()
             yield ServerSentEventMessage(data=data, event=event.type, id=event.seq)
+
+
+def _options(body: object) -> object:
+    """The body's ``options``; Cloudflare's one option is legal here, too, under its own name."""
+    options = body.get("options") if isinstance(body, dict) else None
+    if isinstance(options, dict) and CLOUDFLARE_BUSY in options:
+        options = {"reject_if_busy": options[CLOUDFLARE_BUSY]} | options
+        del options[CLOUDFLARE_BUSY]
+    return options
 
 
 def _last_event(request: AnyRequest) -> int | None:
