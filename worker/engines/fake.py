@@ -92,7 +92,8 @@ def draw(task: Task, pictures: Pictures) -> PillowImage.Image:
     """
     size = (task.width, task.height)
     pixels = _digest(pictures)
-    pattern = _pattern(msgspec.structs.replace(task, strength=0.0), pixels).resize(size)
+    # In blocks, not blurred: encoding a smooth pattern costs more than all else that the service does for a job.
+    pattern = _pattern(msgspec.structs.replace(task, strength=0.0), pixels).resize(size, PillowImage.Resampling.NEAREST)
     if pictures.image is None:
         return _stamp(pattern, task, pixels)
     picture = pictures.image.resize(size)
