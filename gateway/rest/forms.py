@@ -7,7 +7,8 @@ from typing import Any, Final
 import msgspec
 from multipart import MultipartError, MultipartParser, parse_options_header
 
-from img2img.errors import MalformedBody
+from gateway.rest.bodies import MAX_REST_BYTES
+from img2img.errors import MalformedBody, RequestTooLarge
 from img2img.schema import INPUT_SCHEMA
 
 PICTURES: Final = frozenset({"image", "mask"})
@@ -27,6 +28,7 @@ async def decode_form(raw: bytes, content_type: str) -> dict[str, object]:
 
     Raises:
         MalformedBody: no boundary, or parts that cannot be told apart.
+        RequestTooLarge: too much beside the pictures.
     """
     boundary = parse_options_header(content_type)[1].get("boundary")
     if not boundary:
@@ -39,18 +41,26 @@ async def decode_form(raw: bytes, content_type: str) -> dict[str, object]:
 def _decode(raw: bytes, boundary: str) -> dict[str, object]:
     fields: dict[str, object] = {}
     options: dict[str, object] = {}
-    size = len(raw) + 1
+    size, rest = len(raw) + 1, 0
     try:
         for part in MultipartParser(io.BytesIO(raw), boundary, spool_limit=size, memory_limit=size):
             name = part.name
             if name in PICTURES:
                 fields[name] = part.raw
-            elif name in NUMBERS or name == "options":
-                fields[name] = _scalar(part.value)
+                continue
+            rest += 0 if name == "image_b64" else part.size
+            if rest > MAX_REST_BYTES:
+                raise RequestTooLarge(
+                    f"Beside 'image', 'image_b64' and 'mask' a form may have {MAX_REST_BYTES} bytes: shorten the others"
+                )
+            # UTF-8 whatever the part's own charset says: some of Python's codecs take quadratic time.
+            text = part.raw.decode()
+            if name in NUMBERS or name == "options":
+                fields[name] = _scalar(text)
             elif name.startswith(OPTION_PREFIX):
-                options[name.removeprefix(OPTION_PREFIX)] = _scalar(part.value)
+                options[name.removeprefix(OPTION_PREFIX)] = _scalar(text)
             else:
-                fields[name] = part.value
+                fields[name] = text
     except (MultipartError, UnicodeDecodeError) as exc:
         raise MalformedBody(f"The form cannot be read ({exc}): send multipart/form-data in UTF-8") from exc
     if options:
