@@ -1,5 +1,6 @@
 """What the routes share: the service, who asks, and how a body is read."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,10 @@ from img2img.errors import ClientClosed, InvalidRequest
 from img2img.settings import Settings
 
 MAX_KEY_LENGTH: Final = 255
+BODY_IDLE: Final = 30.0
+"""Seconds without a byte of a body that was announced, after which it is given up."""
+SMALL_BODY: Final = 64 * 1024
+SMALL_BUDGET: Final = 32 * 1024 * 1024
 _WAIT: Final = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d+(?:\.\d+)?)")
 
 AnyRequest = Request[Any, Any, Any]
@@ -29,6 +34,8 @@ class Front(msgspec.Struct, frozen=True):
     tenants: Tenants
     settings: Settings
     budget: ByteBudget
+    small_budget: ByteBudget = msgspec.field(default_factory=lambda: ByteBudget(SMALL_BUDGET))
+    """Bodies without a picture have a budget of their own: large ones that arrive slowly do not keep them out."""
 
     def authenticate(self, request: AnyRequest, account: str | None = None) -> str:
         """The account of the request's key; ``account`` is the one that its URL names.
@@ -50,12 +57,14 @@ class Front(msgspec.Struct, frozen=True):
 
         Raises:
             MissingBody, MalformedBody, RequestTooLarge, TooManyBytesInFlight, InvalidRequest
-            ClientClosed: the client went away in the middle of it.
+            ClientClosed: the client went away in the middle of it, or fell silent.
         """
         bound = min(self.settings.max_json_body, self.settings.max_json_body if limit is None else limit)
-        with self.budget.reserve() as reservation:
+        length = content_length(request)
+        budget = self.small_budget if length is not None and length <= SMALL_BODY else self.budget
+        with budget.reserve() as reservation:
             try:
-                raw = await read_body(request.stream(), bound, reservation, content_length(request))
+                raw = await read_body(unless_silent(request.stream(), BODY_IDLE), bound, reservation, length)
             except ClientException as exc:
                 raise ClientClosed("The client went away before its request was complete") from exc
             content_type = request.headers.get("content-type", "")
@@ -63,6 +72,23 @@ class Front(msgspec.Struct, frozen=True):
                 yield await decode_form(raw, content_type)
             else:
                 yield await decode_json(raw, self.settings.max_image_bytes)
+
+
+async def unless_silent(stream: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+    """The chunks of ``stream``, as long as they keep coming.
+
+    Raises:
+        ClientClosed: the next one took longer than ``seconds``.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(seconds):
+                chunk = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as exc:
+            raise ClientClosed(f"Nothing of the body came for {seconds:g} s: send the request again") from exc
+        yield chunk
 
 
 def content_length(request: AnyRequest) -> int | None:
