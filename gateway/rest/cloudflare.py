@@ -10,10 +10,10 @@ from typing import Annotated, Any, Final
 
 from litestar import Controller, Response, get, post
 from litestar.exceptions import HTTPException
-from litestar.params import Parameter
+from litestar.params import FromPath, FromQuery, QueryParameter
 
 from gateway.rest import batch, catalog
-from gateway.rest.context import AnyRequest, Front, idempotency_key
+from gateway.rest.context import AnyRequest, FrontDependency, idempotency_key
 from gateway.rest.envelope import (
     REQUEST_ID,
     new_request_id,
@@ -23,7 +23,7 @@ from gateway.rest.envelope import (
     success,
 )
 from gateway.rest.native import picture_response
-from gateway.rest.openapi import RunModelOperation
+from gateway.rest.openapi import RunModelOperation, envelopes
 from gateway.service import Order
 from img2img.errors import ClientClosed, Img2ImgError, ModelNameInvalid, ModelNotFound, error_of
 from img2img.jobs import Outcome
@@ -41,8 +41,16 @@ class CloudflareController(Controller):
         Exception: on_unexpected,
     }
 
-    @post("/run/{model:path}", operation_class=RunModelOperation, status_code=200, media_type="image/png")
-    async def run(self, request: AnyRequest, front: Front, account_id: str, model: str) -> Response[bytes]:
+    @post(
+        "/run/{model:path}",
+        operation_class=RunModelOperation,
+        status_code=200,
+        media_type="image/png",
+        responses=envelopes(400, 401, 403, 404, 408, 409, 413, 429, 500, 503),
+    )
+    async def run(
+        self, request: AnyRequest, front: FrontDependency, account_id: FromPath[str], model: FromPath[str]
+    ) -> Response[bytes]:
         """Run the model as Cloudflare does: raw PNG bytes, or an error envelope.
 
         The model may be spelt with `/` or `%2F`; the body is JSON whatever its type says. `?queueRequest=true`
@@ -72,33 +80,37 @@ class CloudflareController(Controller):
         picture = await front.service.picture(job_id, outcome)
         return picture_response(picture, {REQUEST_ID: request_id})
 
-    @get("/models/search")
+    @get("/models/search", responses=envelopes(400, 401, 403, 404))
     async def search_models(
         self,
         request: AnyRequest,
-        front: Front,
-        account_id: str,
-        author: str | None = None,
-        task: str | None = None,
-        search: str | None = None,
-        hide_experimental: bool = False,
-        page: Annotated[int, Parameter(ge=1)] = 1,
-        per_page: Annotated[int, Parameter(ge=1, le=100)] = 20,
+        front: FrontDependency,
+        account_id: FromPath[str],
+        author: FromQuery[str | None] = None,
+        task: FromQuery[str | None] = None,
+        search: FromQuery[str | None] = None,
+        hide_experimental: FromQuery[bool] = False,
+        page: Annotated[int, QueryParameter(ge=1)] = 1,
+        per_page: Annotated[int, QueryParameter(ge=1, le=100)] = 20,
     ) -> Response[bytes]:
         """List the models that match."""
         front.authenticate(request, account_id)
         found = catalog.search_models(author=author, task=task, search=search, hide_experimental=hide_experimental)
         return _page(found, page, per_page)
 
-    @get("/models/schema")
-    async def model_schema(self, request: AnyRequest, front: Front, account_id: str, model: str) -> Response[bytes]:
+    @get("/models/schema", responses=envelopes(400, 401, 403, 404))
+    async def model_schema(
+        self, request: AnyRequest, front: FrontDependency, account_id: FromPath[str], model: FromQuery[str]
+    ) -> Response[bytes]:
         """Input and output schema of a model."""
         front.authenticate(request, account_id)
         check_model(model)
         return success(catalog.model_schema(), new_request_id())
 
-    @get("/tasks/search")
-    async def search_tasks(self, request: AnyRequest, front: Front, account_id: str) -> Response[bytes]:
+    @get("/tasks/search", responses=envelopes(400, 401, 403, 404))
+    async def search_tasks(
+        self, request: AnyRequest, front: FrontDependency, account_id: FromPath[str]
+    ) -> Response[bytes]:
         """List the tasks."""
         front.authenticate(request, account_id)
         return _page([catalog.TASK], 1, 20)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 from litestar import Request
+from litestar.di import NamedDependency
 from litestar.exceptions import ClientException
 
 from gateway.rest.bodies import ByteBudget, decode_json, read_body
@@ -72,6 +73,10 @@ class Front(msgspec.Struct, frozen=True):
                 yield await decode_form(raw, content_type)
             else:
                 yield await decode_json(raw, self.settings.max_image_bytes)
+
+
+FrontDependency = NamedDependency[Front]
+"""How a handler asks for the front, by the name ``front``."""
 
 
 async def unless_silent(stream: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:

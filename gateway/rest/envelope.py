@@ -25,6 +25,22 @@ MODEL_LAYER: Final[dict[str, Any]] = {}
 log = structlog.get_logger(__name__)
 
 
+class EnvelopeError(msgspec.Struct, frozen=True):
+    """Cloudflare's number, and a message that ends with the id in ``cf-ai-req-id``."""
+
+    code: int
+    message: str
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """What surrounds every JSON answer; ``result`` is empty or null in an error."""
+
+    result: dict[str, Any] | None
+    success: bool
+    errors: list[EnvelopeError]
+    messages: list[Any]
+
+
 class Dialect(msgspec.Struct, frozen=True):
     """One error in Cloudflare's words; ``{detail}``, ``{id}`` and ``{path}`` are filled in."""
 

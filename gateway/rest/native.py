@@ -9,13 +9,13 @@ from typing import Annotated, Any, Final
 import msgspec
 from litestar import Controller, Response, get, post
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import Parameter
+from litestar.params import FromQuery, PathParameter, QueryParameter
 from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 
-from gateway.rest.context import AnyRequest, Front, idempotency_key, preferred_wait
-from gateway.rest.openapi import CreateJobOperation
-from gateway.rest.problems import Problem, on_img2img_error, on_unexpected
+from gateway.rest.context import AnyRequest, Front, FrontDependency, idempotency_key, preferred_wait
+from gateway.rest.openapi import CreateJobOperation, ImageOperation, WatchOperation, problems
+from gateway.rest.problems import on_img2img_error, on_unexpected
 from gateway.rest.views import JobList, JobView, event_view, job_view
 from gateway.service import Order, Picture
 from img2img.errors import Img2ImgError, InvalidRequest
@@ -30,8 +30,8 @@ MAX_EVENT: Final = 2**63 - 1
 EVENT_DIGITS: Final = 19
 _CURSOR: Final = re.compile(r"\d+-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-Wait = Annotated[float, Parameter(ge=0, description="Wait up to this many seconds for the job to end.")]
-JobId = Annotated[str, Parameter(description="The job's id.")]
+Wait = Annotated[float, QueryParameter(ge=0, description="Wait up to this many seconds for the job to end.")]
+JobId = Annotated[str, PathParameter(description="The job's id.")]
 
 
 class JobsController(Controller):
@@ -47,20 +47,11 @@ class JobsController(Controller):
         operation_class=CreateJobOperation,
         status_code=202,
         responses={
-            200: ResponseSpec(JobView, description="The job, ended within `Prefer: wait=N`"),
-            400: ResponseSpec(
-                Problem,
-                description="A field is wrong; `field` names it",
-                media_type="application/problem+json",
-            ),
-            409: ResponseSpec(
-                Problem,
-                description="The idempotency key was used with another body",
-                media_type="application/problem+json",
-            ),
+            200: ResponseSpec(JobView, description="The job, which has ended already"),
+            **problems(400, 401, 409, 413, 429, 503),
         },
     )
-    async def create(self, request: AnyRequest, front: Front) -> Response[JobView]:
+    async def create(self, request: AnyRequest, front: FrontDependency) -> Response[JobView]:
         """Queue a job.
 
         JSON (the model's flat fields plus `options`) or `multipart/form-data` with files. `Idempotency-Key`
@@ -87,14 +78,14 @@ class JobsController(Controller):
             headers["preference-applied"] = f"wait={min(wait, front.settings.max_wait):g}"
         return Response(job_view(job), status_code=200 if job.is_terminal else 202, headers=headers)
 
-    @get("/jobs")
+    @get("/jobs", responses=problems(400, 401, 503))
     async def list_jobs(
         self,
         request: AnyRequest,
-        front: Front,
-        only: Annotated[JobState | None, Parameter(query="state", description="Only jobs in this state.")] = None,
-        cursor: str | None = None,
-        limit: Annotated[int, Parameter(ge=1, le=MAX_PAGE)] = 20,
+        front: FrontDependency,
+        only: Annotated[JobState | None, QueryParameter(name="state", description="Only jobs in this state.")] = None,
+        cursor: FromQuery[str | None] = None,
+        limit: Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)] = 20,
     ) -> JobList:
         """List the account's jobs, newest first."""
         account = front.authenticate(request)
@@ -103,19 +94,26 @@ class JobsController(Controller):
         page = await front.service.list_jobs(account, state=only, cursor=cursor, limit=limit)
         return JobList([job_view(job) for job in page.jobs], page.next)
 
-    @get("/jobs/{job_id:str}")
-    async def get_job(self, request: AnyRequest, front: Front, job_id: JobId, wait: Wait = 0.0) -> JobView:
+    @get("/jobs/{job_id:str}", responses=problems(400, 401, 404, 503))
+    async def get_job(self, request: AnyRequest, front: FrontDependency, job_id: JobId, wait: Wait = 0.0) -> JobView:
         """Show a job; with `wait`, as soon as it has ended, or as it stands after that many seconds."""
         account = front.authenticate(request)
         return job_view(await front.service.get(account, job_id, wait))
 
-    @get("/jobs/{job_id:str}/events", media_type="text/event-stream")
+    @get(
+        "/jobs/{job_id:str}/events",
+        operation_class=WatchOperation,
+        media_type="text/event-stream",
+        responses=problems(400, 401, 404, 503),
+    )
     async def watch(
         self,
         request: AnyRequest,
-        front: Front,
+        front: FrontDependency,
         job_id: JobId,
-        after: Annotated[int, Parameter(ge=0, le=MAX_EVENT, description="Sequence number of the last event seen.")] = 0,
+        after: Annotated[
+            int, QueryParameter(ge=0, le=MAX_EVENT, description="Sequence number of the last event seen.")
+        ] = 0,
     ) -> ServerSentEvent:
         """Stream the job's events until it has ended; `Last-Event-ID` resumes without a gap."""
         account = front.authenticate(request)
@@ -125,27 +123,23 @@ class JobsController(Controller):
 
     @get(
         "/jobs/{job_id:str}/image",
+        operation_class=ImageOperation,
         media_type="image/png",
-        responses={
-            409: ResponseSpec(Problem, description="The job has not succeeded", media_type="application/problem+json"),
-            410: ResponseSpec(
-                Problem, description="Deleted after its retention time", media_type="application/problem+json"
-            ),
-        },
+        responses=problems(400, 401, 404, 409, 410, 503),
     )
-    async def image(self, request: AnyRequest, front: Front, job_id: JobId) -> Response[bytes]:
+    async def image(self, request: AnyRequest, front: FrontDependency, job_id: JobId) -> Response[bytes]:
         """The finished picture."""
         account = front.authenticate(request)
         return picture_response(await front.service.result(account, job_id))
 
-    @post("/jobs/{job_id:str}/cancel", status_code=200)
-    async def cancel(self, request: AnyRequest, front: Front, job_id: JobId) -> JobView:
+    @post("/jobs/{job_id:str}/cancel", status_code=200, responses=problems(400, 401, 404, 503))
+    async def cancel(self, request: AnyRequest, front: FrontDependency, job_id: JobId) -> JobView:
         """Cancel a job, in any state and as often as you like."""
         account = front.authenticate(request)
         return job_view(await front.service.cancel(account, job_id))
 
-    @get("/queue")
-    async def queue(self, request: AnyRequest, front: Front) -> QueueStats:
+    @get("/queue", responses=problems(401, 503))
+    async def queue(self, request: AnyRequest, front: FrontDependency) -> QueueStats:
         """How many jobs wait and run, and which workers are alive."""
         front.authenticate(request)
         return await front.service.stats()

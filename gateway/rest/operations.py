@@ -1,10 +1,12 @@
 """Health and metrics, for machines; they need no key and name no account."""
 
 from litestar import Response, get
+from litestar.openapi.datastructures import ResponseSpec
 from prometheus_client import REGISTRY, Gauge
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from gateway.rest.context import Front
+from gateway.rest.context import FrontDependency
+from gateway.rest.openapi import PublicOperation
 from gateway.rest.problems import on_img2img_error
 from img2img.errors import Img2ImgError, Unavailable
 
@@ -12,14 +14,19 @@ QUEUE_JOBS = Gauge("img2img_queue_jobs", "Jobs by queue and state", ["queue", "s
 WORKERS = Gauge("img2img_workers", "Workers alive", ["queue"])
 
 
-@get("/health/live", tags=["health"], security=[])
+@get("/health/live", tags=["health"], operation_class=PublicOperation)
 async def live() -> dict[str, str]:
     """The process answers."""
     return {"status": "live"}
 
 
-@get("/health/ready", tags=["health"], security=[])
-async def ready(front: Front) -> Response[dict[str, str | int]]:
+@get(
+    "/health/ready",
+    tags=["health"],
+    operation_class=PublicOperation,
+    responses={503: ResponseSpec(dict[str, str | int], description="Jobs could not be taken, or would not be run")},
+)
+async def ready(front: FrontDependency) -> Response[dict[str, str | int]]:
     """200 once jobs can be taken and run: not draining, the queue server answers, a worker is alive."""
     if front.service.draining:
         return Response({"status": "draining"}, status_code=503)
@@ -33,7 +40,7 @@ async def ready(front: Front) -> Response[dict[str, str | int]]:
 
 
 @get("/metrics", include_in_schema=False, exception_handlers={Img2ImgError: on_img2img_error})
-async def metrics(front: Front) -> Response[bytes]:
+async def metrics(front: FrontDependency) -> Response[bytes]:
     """OpenMetrics text; queue gauges are read at the moment of the scrape."""
     stats, queue = await front.service.stats(), front.settings.queue
     for state in ("queued", "delayed", "running"):
