@@ -76,7 +76,9 @@ class JobsController(Controller):
         headers = {"location": f"/v1/jobs/{job.id}", JOB_HEADER: job.id}
         if wait:
             headers["preference-applied"] = f"wait={min(wait, front.settings.max_wait):g}"
-        return Response(job_view(job), status_code=200 if job.is_terminal else 202, headers=headers)
+        # A new job that nobody waits for is 202, even if a fast worker has ended it by now.
+        answered = job.is_terminal and (wait > 0 or not submitted.created)
+        return Response(job_view(job), status_code=200 if answered else 202, headers=headers)
 
     @get("/jobs", responses=problems(400, 401, 503))
     async def list_jobs(
