@@ -1,6 +1,7 @@
 """Fixtures that most tests share: a real Valkey server, and real processes on it."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ import pytest
 
 from img2img.embedded import EmbeddedValkey
 from tests.stack import Stack
+
+# As worker.engines.diffusion.threads does, for test modules that import torch before it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextmanager
