@@ -1,5 +1,6 @@
 """What surrounds every method of our service: its span, its caller's account, and its errors."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, Final, TypeAlias
@@ -15,6 +16,7 @@ from gateway.tenants import Tenants
 from img2img.errors import Img2ImgError, MalformedBody
 
 SERVICE: Final = "img2img.v1.Img2ImgService"
+TIDY_SECONDS: Final = 10.0
 UNEXPECTED: Final = "The gateway failed unexpectedly: try again, and look into its log"
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -35,6 +37,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
+        self._calls: set[asyncio.Task[Any]] = set()
+
+    async def finish(self) -> None:
+        """Wait for calls that tidy up after their caller has gone: to gRPC they have ended, and it does not."""
+        if self._calls:
+            _, late = await asyncio.wait(self._calls, timeout=TIDY_SECONDS)
+            for task in late:
+                task.cancel()
 
     async def intercept_service(
         self,
@@ -47,6 +57,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler
 
         async def call(raw: bytes, context: Context) -> Any:
+            self._track()
             with server_span(method, context):
                 return await self._answer(method, handler, raw, context)
 
@@ -62,11 +73,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return await behavior(_decode(handler, raw), context)
         except grpc.aio.AbortError:
             raise
+        except grpc.aio.InternalError as exc:
+            # A write that gRPC cannot deliver: the caller is gone, and the cancellation is still on its way.
+            raise asyncio.CancelledError from exc
         except Img2ImgError as exc:
             await abort(context, to_status(exc))
         except Exception:
             log.exception("rpc_failed", method=method)
             await abort(context, to_status(Img2ImgError(UNEXPECTED)))
+
+    def _track(self) -> None:
+        if task := asyncio.current_task():
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
 
     def _authenticate(self, context: Context) -> str:
         metadata = context.invocation_metadata() or ()

@@ -47,8 +47,8 @@ async def open_server(service: JobService, tenants: Tenants, settings: Settings)
     Raises:
         ConfigurationError: the port cannot be had, or the certificate and its key are of no use.
     """
-    health_servicer = HealthServicer()
-    server = grpc.aio.server(interceptors=[CallInterceptor(tenants)], options=_options(settings))
+    health_servicer, interceptor = HealthServicer(), CallInterceptor(tenants)
+    server = grpc.aio.server(interceptors=[interceptor], options=_options(settings))
     add_Img2ImgServiceServicer_to_server(Img2ImgServicer(service, settings), server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -59,6 +59,7 @@ async def open_server(service: JobService, tenants: Tenants, settings: Settings)
     finally:
         health_servicer.close()
         await server.stop(settings.drain_timeout)
+        await interceptor.finish()
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
