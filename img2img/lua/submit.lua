@@ -15,12 +15,11 @@ local function joinable()
   if not known[1] then return nil end
   local first = redis.call('HMGET', job_key(known[1]), 'state', 'stop')
   if not first[1] then return nil end
-  -- A job that ended because nobody waited for it is no answer to somebody who does.
-  if first[1] == 'canceled' and first[2] == 'disconnect' then return nil end
+  -- A job that ends or has ended because nobody waited for it is no answer to somebody who does.
+  if first[2] == 'disconnect' and first[1] ~= 'succeeded' then return nil end
   -- A retry asks for another try; an idempotency key asks for the first answer, whatever it was.
-  if join.mode == 'retry' and (first[1] == 'failed' or first[1] == 'canceled' or first[1] == 'expired') then
-    return nil
-  end
+  local goes_on = not first[2] and (first[1] == 'queued' or first[1] == 'running')
+  if join.mode == 'retry' and not goes_on and first[1] ~= 'succeeded' then return nil end
   return known
 end
 

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+import redis
 
 from tests.calls import bearer, blocked, is_picture, jobs_of, model_error, run_path, write_tenants
 from tests.stack import Gateway, Stack, eventually, state_of
@@ -234,6 +235,22 @@ def test_a_retry_after_the_grace_period_starts_anew(service: Service, account: s
         job = jobs_of(client)[0]["id"]
         eventually(lambda: state_of(client, job) == "canceled", "the grace period is over")
     answer = client.post(run_path(account), json={"prompt": "x"}, headers=RETRY)
+    assert is_picture(answer)
+    assert answer.headers["img2img-job-id"] != job
+
+
+def test_a_retry_does_not_join_a_job_that_is_being_canceled(
+    service: Service, account: str, client: httpx.Client, valkey_url: str
+) -> None:
+    """Between the end of the grace period and the worker's next look up, the job still runs, but for nobody."""
+    body = msgspec.json.encode({"prompt": "fake:block=2", "num_steps": 1})
+    gateway = service.stack.gateway(retry_grace="0.1")
+    hang_up(gateway, account, body, lambda: [job["state"] for job in jobs_of(client)] == ["running"])
+    job = jobs_of(client)[0]["id"]
+    with redis.Redis.from_url(valkey_url) as server:
+        eventually(lambda: server.hget(f"img2img:{{0}}:job:{job}", "stop"), "the job is told to stop")
+    assert state_of(client, job) == "running"
+    answer = client.post(run_path(account), content=body, headers=RETRY)
     assert is_picture(answer)
     assert answer.headers["img2img-job-id"] != job
 
