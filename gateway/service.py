@@ -153,6 +153,10 @@ class JobService:
                 if self.draining or (events and events[-1].is_terminal):
                     return
                 events = await follower.next(KEEP_ALIVE)
+                if not events:
+                    # Somebody who asks for numbers beyond the last one would never see the terminal event.
+                    job = await self._queue.get(job_id, account)
+                    events = await follower.read() if job.is_terminal else events
 
     async def cancel(self, account: str, job_id: str) -> Job:
         """Ask the job to stop, in any state, as often as wanted; answers with the job as it stands then.

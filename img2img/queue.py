@@ -179,7 +179,9 @@ class JobQueue:
         with translated():
             if cursor is not None:
                 rank = await self.redis.zrevrank(index, cursor)
-                start = 0 if rank is None else rank + 1
+                if rank is None:  # its job is no longer listed, and so are all that are older
+                    return Page((), None)
+                start = rank + 1
             for offset in range(start, start + LIST_SCAN, limit):
                 ids = [raw.decode() for raw in await self.redis.zrevrange(index, offset, offset + limit - 1)]
                 for job in await self._load(ids):

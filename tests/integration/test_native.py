@@ -325,6 +325,13 @@ def test_jobs_are_listed_in_pages(client: httpx.Client) -> None:
     assert [job_id for page in pages for job_id in page] == made[::-1]
 
 
+def test_a_cursor_that_is_no_longer_listed_ends_the_list(client: httpx.Client, blocker: httpx.Client) -> None:
+    """A list that began again at its first page would never end."""
+    submit(client, prompt="x")
+    other = submit(blocker, prompt="x")["id"]
+    assert client.get("/v1/jobs", params={"cursor": other}).json() == {"jobs": [], "next": None}
+
+
 def test_a_list_can_be_of_one_state(client: httpx.Client) -> None:
     """The filter holds across pages."""
     refused = [finished(client, prompt="fake:refuse")["id"] for _ in range(3)]

@@ -111,6 +111,13 @@ def test_an_ended_jobs_events_can_be_read_again(client: httpx.Client) -> None:
     assert events(client, job["id"], headers={"last-event-id": str(whole[-1]["seq"])}) == []
 
 
+def test_a_stream_from_beyond_the_end_ends_with_the_job(client: httpx.Client) -> None:
+    """There is nothing to send, but the caller is not left hanging."""
+    job = submit(client, prompt="fake:step=0.1", num_steps=5)
+    assert events(client, job["id"], query="?after=1000") == []
+    assert state_of(client, job["id"]) == "succeeded"
+
+
 def test_a_failed_attempt_shows_in_the_events(client: httpx.Client) -> None:
     """A retry is a second ``queued`` with the reason, and its attempt has the next number."""
     job = submit(client, prompt="fake:fail=1", num_steps=1, seed=1)
