@@ -60,6 +60,32 @@ class Picture(msgspec.Struct, frozen=True):
     result: Result
 
 
+class Attendance:
+    """A caller's wait for one job."""
+
+    def __init__(self, job_id: str, hub: EventHub, attended: list[str]) -> None:
+        self.job_id = job_id
+        self._hub = hub
+        self._attended = attended
+
+    async def outcome(self, timeout: float) -> Outcome:
+        """How the job ended.
+
+        Raises:
+            WaitTimeout: not done within ``timeout`` seconds.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
+        async with self._hub.follow(self.job_id) as follower:
+            while (left := deadline - asyncio.get_running_loop().time()) > 0:
+                for event in await follower.next(left):
+                    if event.is_terminal:
+                        self._attended.clear()  # nothing is left to leave
+                        return msgspec.convert(event.data, Outcome)
+        raise WaitTimeout(
+            f"The job did not finish within {timeout:g} s: send the same request again to go on waiting for it"
+        )
+
+
 class JobService:
     """One per gateway process."""
 
@@ -76,7 +102,7 @@ class JobService:
         self.draining = True
         self._hub.ring_all()
 
-    async def create(self, order: Order, waiter: Waiter | None = None) -> Submitted:
+    async def create(self, order: Order, waiter: Waiter | None = None, job_id: str | None = None) -> Submitted:
         """Check, store and queue a request, or join the job that it repeats.
 
         Raises:
@@ -85,7 +111,7 @@ class JobService:
         """
         try:
             checked = await self._check(order)
-            submitted = await self._submit(order, checked, waiter)
+            submitted = await self._submit(order, checked, waiter, job_id)
         except Img2ImgError as exc:
             telemetry.JOBS_REJECTED.labels(exc.code).inc()
             raise
@@ -96,24 +122,23 @@ class JobService:
         return submitted
 
     async def generate(self, order: Order, *, timeout: float, grace: float) -> tuple[str, Outcome]:
-        """Create a job and wait for its end. Leaving early ends the job after ``grace`` seconds.
+        """Create a job and wait for its end; see :meth:`attend`."""
+        async with self.attend(order, grace) as attendance:
+            del order  # the caller may wait for long, and its picture is stored
+            return attendance.job_id, await attendance.outcome(timeout)
 
-        Raises:
-            WaitTimeout: not done within ``timeout`` seconds; the job lives on for the grace period.
+    @asynccontextmanager
+    async def attend(self, order: Order, grace: float) -> AsyncIterator["Attendance"]:
+        """Create a job that ends ``grace`` seconds after the block is left, unless it has ended or others wait.
+
+        Raises as :meth:`create` does.
         """
-        async with self._waiter(grace) as (waiter, attended):
-            submitted = await self.create(order, waiter)
-            attended.append(submitted.id)
-            async with self._hub.follow(submitted.id) as follower:
-                deadline = asyncio.get_running_loop().time() + timeout
-                while (left := deadline - asyncio.get_running_loop().time()) > 0:
-                    for event in await follower.next(left):
-                        if event.is_terminal:
-                            attended.clear()
-                            return submitted.id, msgspec.convert(event.data, Outcome)
-        raise WaitTimeout(
-            f"The job did not finish within {timeout:g} s: send the same request again to go on waiting for it"
-        )
+        job_id = self._queue.new_id()
+        async with self._waiter(grace, job_id) as (waiter, attended):
+            submitted = await self.create(order, waiter, job_id)
+            del order
+            attended[:] = [submitted.id]
+            yield Attendance(submitted.id, self._hub, attended)
 
     async def get(self, account: str, job_id: str, wait: float = 0.0) -> Job:
         """The job; with ``wait``, as soon as it has ended, or as it stands after that many seconds.
@@ -179,7 +204,7 @@ class JobService:
         job = await self._queue.get(job_id, account)
         outcome = job.outcome
         if outcome is None:
-            raise ResultNotReady(f"The job is {job.state}: wait for it with ?wait=60, or watch its events")
+            raise ResultNotReady(f"The job is {job.state}: wait for it, or watch its events")
         return await self.picture(job_id, outcome)
 
     async def picture(self, job_id: str, outcome: Outcome) -> Picture:
@@ -210,7 +235,7 @@ class JobService:
         job_ids: list[str] = []
         try:
             for order, request in zip(orders, checked, strict=True):
-                job_ids.append((await self._submit(order, request, None)).id)
+                job_ids.append((await self._submit(order, request)).id)
             return await self._batches.put(account, job_ids, references, self._settings.job_retention)
         except Img2ImgError:
             for job_id in job_ids:
@@ -241,9 +266,11 @@ class JobService:
             return await asyncio.to_thread(build_request, body, order.options, limits)
         return build_request(body, order.options, limits)
 
-    async def _submit(self, order: Order, checked: CheckedRequest, waiter: Waiter | None) -> Submitted:
+    async def _submit(
+        self, order: Order, checked: CheckedRequest, waiter: Waiter | None = None, job_id: str | None = None
+    ) -> Submitted:
         lifetime = self._lifetime(order, checked)
-        job_id = self._queue.new_id()
+        job_id = job_id or self._queue.new_id()
         with telemetry.send_span(self._queue.name, job_id) as trace:
             inputs = await self._store_inputs(job_id, checked, lifetime)
             seed = checked.request.seed
@@ -296,10 +323,10 @@ class JobService:
             await self._blobs.delete(inputs)
 
     @asynccontextmanager
-    async def _waiter(self, grace: float) -> AsyncIterator[tuple[Waiter, list[str]]]:
-        """A waiter that renews its interest in the jobs put on its list, and leaves them at the end."""
+    async def _waiter(self, grace: float, job_id: str) -> AsyncIterator[tuple[Waiter, list[str]]]:
+        """A waiter that renews its interest in the jobs on its list (at first ``job_id``), and leaves them at last."""
         waiter = Waiter(uuid_utils.uuid7().hex, milliseconds(WAITER_TTL), milliseconds(grace))
-        attended: list[str] = []
+        attended = [job_id]
         renewal = asyncio.create_task(self._renew(waiter, attended), name=f"waiter-{waiter.id}")
         try:
             yield waiter, attended

@@ -15,7 +15,6 @@ from typing import Final, Self
 import msgspec
 import structlog
 from redis.asyncio.client import PubSub
-from redis.exceptions import RedisError
 
 from img2img.errors import Unavailable
 from img2img.jobs import JobEvent
@@ -142,10 +141,11 @@ class EventHub:
         await self._subscribed.wait()
         while True:
             try:
-                message = await self._pubsub.get_message(timeout=READ_SECONDS)
-            except (RedisError, OSError) as exc:
+                with translated():
+                    message = await self._pubsub.get_message(timeout=READ_SECONDS)
+            except Unavailable as exc:
                 # The next read reconnects and subscribes again; the server's confirmations ring every bell.
-                log.warning("event_hub_reconnects", error=type(exc).__name__)
+                log.warning("event_hub_reconnects", error=str(exc))
                 await asyncio.sleep(RECONNECT_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
                 continue
             if message is not None and message["type"] in ("message", "subscribe"):

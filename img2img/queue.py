@@ -179,7 +179,7 @@ class JobQueue:
         with translated():
             if cursor is not None:
                 rank = await self.redis.zrevrank(index, cursor)
-                if rank is None:  # its job is no longer listed, and so are all that are older
+                if rank is None:  # trimmed since: everything after it has gone before it
                     return Page((), None)
                 start = rank + 1
             for offset in range(start, start + LIST_SCAN, limit):

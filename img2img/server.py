@@ -1,5 +1,6 @@
 """The connection to Redis or Valkey: timeouts, retries, the start-up check and error translation."""
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -25,9 +26,15 @@ def translated() -> Iterator[None]:
 
     Raises:
         Unavailable: it cannot be reached, is loading, read-only or out of memory.
+        CancelledError: the task was cancelled meanwhile. redis-py sends through ``asyncio.wait_for``, which
+            before Python 3.12 loses a cancellation that comes just when the command has been sent.
     """
+    task = asyncio.current_task()
+    cancellations = 0 if task is None else task.cancelling()
     try:
         yield
+        if task is not None and task.cancelling() > cancellations:
+            raise asyncio.CancelledError
     except (RedisError, OSError) as exc:
         raise Unavailable(f"The queue server does not answer as it should ({type(exc).__name__}): try again") from exc
 

@@ -205,6 +205,7 @@ class JobRunner:
         stopped = asyncio.create_task(stop.wait(), name=f"stop-{claim.id}")
         try:
             await asyncio.wait({work, stopped}, timeout=min(to_deadline, allowed), return_when=asyncio.FIRST_COMPLETED)
+            why = stop.reason  # what comes later is not what stopped it
             if not work.done():
                 work.cancel()
                 await asyncio.wait({work})
@@ -213,8 +214,8 @@ class JobRunner:
         finally:
             stopped.cancel()
             work.cancel()
-        if stop.reason is not None:
-            raise _interruption(stop.reason)
+        if why is not None:
+            raise _interruption(why)
         if to_deadline <= allowed:
             raise _interruption(StopReason.DEADLINE)
         raise AttemptTimeout(f"The attempt took longer than {allowed:g} s")

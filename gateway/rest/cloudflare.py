@@ -6,6 +6,8 @@ is gone; in both cases the job lives on for a grace period in which the SDK's re
 
 import asyncio
 import re
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
 from typing import Annotated, Any, Final
 
 from litestar import Controller, Response, get, post
@@ -61,23 +63,19 @@ class CloudflareController(Controller):
         request.scope["state"][REQUEST_ID] = request_id
         check_model(model.strip("/"))
         is_batch = request.query_params.get("queueRequest", "").lower() == "true"
-        async with front.body(request, limit=batch.MAX_BYTES if is_batch else None) as body:
-            if batch.is_poll(body):
-                return success(await batch.poll(front, account, body, request_id), request_id)
-            if is_batch:
-                return success(await batch.submit(front, account, body), request_id)
-            work = asyncio.create_task(
-                front.service.generate(
-                    _order(request, account, body),
-                    timeout=front.settings.sync_timeout,
-                    grace=front.settings.retry_grace,
-                ),
-                name=f"generate-{request_id}",
-            )
-        job_id, outcome = await _unless_gone(request, work)
+        async with AsyncExitStack() as stack:
+            async with front.body(request, limit=batch.MAX_BYTES if is_batch else None) as body:
+                if batch.is_poll(body):
+                    return success(await batch.poll(front, account, body, request_id), request_id)
+                if is_batch:
+                    return success(await batch.submit(front, account, body), request_id)
+                order = _order(request, account, body)
+                attendance = await stack.enter_async_context(front.service.attend(order, front.settings.retry_grace))
+                del body, order  # the wait may be long, and the picture is stored
+            outcome = await _unless_gone(request, attendance.outcome(front.settings.sync_timeout))
         if outcome.error is not None:
             raise error_of(outcome.error.code, outcome.error.message)
-        picture = await front.service.picture(job_id, outcome)
+        picture = await front.service.picture(attendance.job_id, outcome)
         return picture_response(picture, {REQUEST_ID: request_id})
 
     @get("/models/search", responses=envelopes(400, 401, 403, 404))
@@ -143,12 +141,13 @@ def _order(request: AnyRequest, account: str, body: object) -> Order:
     )
 
 
-async def _unless_gone(request: AnyRequest, work: asyncio.Task[tuple[str, Outcome]]) -> tuple[str, Outcome]:
+async def _unless_gone(request: AnyRequest, waiting: Coroutine[Any, Any, Outcome]) -> Outcome:
     """Wait for the job, but no longer than for the client.
 
     Raises:
         ClientClosed: the client went away; the job lives on for the grace period.
     """
+    work = asyncio.create_task(waiting, name="outcome")
     gone = asyncio.create_task(_disconnected(request), name="disconnect")
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
