@@ -1,5 +1,8 @@
 """Health and metrics, for machines; they need no key and name no account."""
 
+import asyncio
+from typing import Final
+
 from litestar import Response, get
 from litestar.openapi.datastructures import ResponseSpec
 from prometheus_client import REGISTRY, Gauge
@@ -9,6 +12,9 @@ from gateway.rest.context import FrontDependency
 from gateway.rest.openapi import PublicOperation
 from gateway.rest.problems import on_img2img_error
 from img2img.errors import Img2ImgError, Unavailable
+
+READY_SECONDS: Final = 3.0
+"""How long the queue server may take before it counts as unavailable; calls have more patience."""
 
 QUEUE_JOBS = Gauge("img2img_queue_jobs", "Jobs by queue and state", ["queue", "state"])
 WORKERS = Gauge("img2img_workers", "Workers alive", ["queue"])
@@ -31,7 +37,10 @@ async def ready(front: FrontDependency) -> Response[dict[str, str | int]]:
     if front.service.draining:
         return Response({"status": "draining"}, status_code=503)
     try:
-        stats = await front.service.stats()
+        async with asyncio.timeout(READY_SECONDS):
+            stats = await front.service.stats()
+    except TimeoutError:
+        return Response({"status": "queue server silent"}, status_code=503)
     except Unavailable as exc:
         return Response({"status": "queue server unavailable", "detail": str(exc)}, status_code=503)
     if not stats.workers:
