@@ -78,6 +78,12 @@ def gateway(stack: Stack) -> Gateway:
 
 
 @pytest.fixture(scope="module")
+def impatient(stack: Stack) -> Gateway:
+    """Answers 408 long before a job of a second is done."""
+    return stack.gateway(sync_timeout="0.2")
+
+
+@pytest.fixture(scope="module")
 def client(gateway: Gateway) -> Iterator[httpx.Client]:
     with gateway.client() as client:
         yield client
@@ -181,10 +187,9 @@ def test_the_sdks_retry_after_its_timeout_joins_the_job(gateway: Gateway, client
     assert [job["id"] for job in jobs_of(client, account)] == [answer["headers"]["img2img-job-id"]]
 
 
-def test_the_sdks_retry_after_408_joins_the_job(stack: Stack, client: httpx.Client, version: str) -> None:
+def test_the_sdks_retry_after_408_joins_the_job(impatient: Gateway, client: httpx.Client, version: str) -> None:
     """An answer in time, 408, makes the SDK come back for the job by itself."""
     account = account_for("answered408", version)
-    impatient = stack.gateway(sync_timeout="0.2")
     call = {"client": {"max_retries": 20}, "fields": {"prompt": "fake:step=0.05", "num_steps": 12}}
     (answer,) = run_all(impatient, version, account, call)
     assert base64.b64decode(answer["data"]).startswith(PNG_MAGIC)
