@@ -44,10 +44,14 @@ class Waiter(msgspec.Struct, frozen=True):
 
 
 class Lifetime(msgspec.Struct, frozen=True):
-    """How long a job may live until it ends, and how long its record is kept after (seconds)."""
+    """How long a job may live until it ends, and how long its record is kept after (seconds).
+
+    ``longest`` is how long any job may live, for what belongs to more than one job.
+    """
 
     seconds: float
     keep: float
+    longest: float = 24 * 3600.0
 
 
 class Submitted(msgspec.Struct, frozen=True):
@@ -137,6 +141,7 @@ class JobQueue:
             "fingerprint": spec.fingerprint,
             "lifetime": milliseconds(lifetime.seconds),
             "keep": milliseconds(lifetime.keep),
+            "horizon": milliseconds(max(lifetime.longest, lifetime.seconds) + lifetime.keep),
             "boost": milliseconds(spec.options.priority * self._priority_seconds),
             "attempts": self._attempts,
             "reject_if_busy": spec.options.reject_if_busy,
@@ -193,21 +198,23 @@ class JobQueue:
                     return Page(tuple(found), None)
         return Page(tuple(found), ids[-1])
 
-    async def claim(self, worker: str, count: int, lease: float) -> tuple[list[Claim], float | None]:
-        """Take up to ``count`` jobs; also says in how many seconds the queue needs looking at again."""
-        due, *claims = await self._run("claim", worker, count, milliseconds(lease))
+    async def claim(self, worker: str, count: int, lease: float, token: str) -> tuple[list[Claim], float | None]:
+        """Take up to ``count`` jobs; also says in how many seconds the queue needs looking at again.
+
+        Until it has answered, repeat it with the same ``token``: it then hands out the same jobs again.
+        """
+        due, *claims = await self._run("claim", worker, count, milliseconds(lease), token)
         return [_claim(raw) for raw in claims], None if due < 0 else due / 1000
 
     async def beat(
         self, worker: WorkerInfo, claims: Sequence[Claim], *, lease: float, ttl: float
-    ) -> dict[str, StopReason]:
-        """Keep the worker known and its claims alive; answers which jobs must stop, and why."""
+    ) -> dict[int, StopReason]:
+        """Keep the worker known and its claims alive; answers which must stop, by their fence, and why."""
         held = [value for claim in claims for value in (claim.id, claim.fence)]
         info = msgspec.json.encode(worker)
         answers = await self._run("beat", worker.id, milliseconds(ttl), info, milliseconds(lease), *held)
-        return {
-            claim.id: _stop_reason(answer) for claim, answer in zip(claims, answers, strict=True) if answer != b"ok"
-        }
+        told = zip(claims, answers, strict=True)
+        return {claim.fence: _stop_reason(answer) for claim, answer in told if answer != b"ok"}
 
     async def wait_for_work(self, timeout: float) -> None:
         """Sleep until a job is submitted, or ``timeout`` seconds; a lost ring costs no more than that."""
@@ -282,15 +289,15 @@ class JobQueue:
         return [key.decode() for key in discarded], None if due < 0 else due / 1000
 
     async def stats(self) -> QueueStats:
-        """How much waits and runs, and which workers are alive."""
+        """How much waits and runs, and which workers take jobs (one that drains takes none)."""
         with translated():
             async with self.redis.pipeline(transaction=False) as pipe:
                 for index in ("ready", "delayed", "leases"):
                     pipe.zcard(f"{self.prefix}{index}:{self.name}")
                 pipe.hvals(f"{self.prefix}worker-info:{self.name}")
                 queued, delayed, running, workers = await pipe.execute()
-        known = tuple(msgspec.json.decode(raw, type=WorkerInfo) for raw in workers)
-        return QueueStats(queued, delayed, running, known)
+        known = (msgspec.json.decode(raw, type=WorkerInfo) for raw in workers)
+        return QueueStats(queued, delayed, running, tuple(worker for worker in known if worker.slots))
 
     async def _pop(self, key: str, timeout: float) -> str | None:
         with translated():

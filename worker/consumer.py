@@ -44,15 +44,20 @@ class Consumer(Worker):
         self._runner = runner
         self._info = info
         self._settings = settings
-        self._claims: dict[str, Claim] = {}
-        self._stops: dict[str, Stop] = {}
-        self._decisions: dict[str, Decision] = {}
+        # Held claims by fence: after a lost lease a job can be claimed again while its old attempt still stops.
+        self._held: dict[int, Claim] = {}
+        self._stops: dict[int, Stop] = {}
+        # The attempt that arq runs, by arq's job id; a job's attempts run one after another.
+        self._running: dict[str, Claim] = {}
+        self._decisions: dict[int, Decision] = {}
+        self._claim_number = 0
         self._draining = asyncio.Event()
         self._slot_freed = asyncio.Event()
 
     async def main(self) -> None:
         """Run until :meth:`drain`; a side task that dies takes the worker down with it."""
         await self._beat_once()
+        log.info("worker_ready", worker=self._info.id, engine=self._info.engine, model=self._info.model)
         async with asyncio.TaskGroup() as group:
             beat = group.create_task(self._beat_forever(), name="beat")
             control = group.create_task(self._obey_forever(), name="control")
@@ -70,13 +75,16 @@ class Consumer(Worker):
 
     async def _claim_until_drained(self) -> None:
         while not self._draining.is_set():
-            free = self._info.slots - len(self._claims)
+            free = self._info.slots - len(self._held)
             if free <= 0:
                 await self._until(self._slot_freed.wait())
                 self._slot_freed.clear()
                 continue
             try:
-                claims, due = await self._queue.claim(self._info.id, free, self._settings.lease)
+                # The number changes only when there was an answer: a lost one is asked for again.
+                token = str(self._claim_number)
+                claims, due = await self._queue.claim(self._info.id, free, self._settings.lease, token)
+                self._claim_number += 1
                 for claim in claims:
                     self._start(claim)
                 if not claims:
@@ -99,38 +107,54 @@ class Consumer(Worker):
 
     def _start(self, claim: Claim) -> None:
         arq_id = "{" + claim.id.replace("-", "}-", 1)
-        self._claims[arq_id] = claim
-        self._stops[claim.id] = Stop()
-        task = asyncio.create_task(self.run_job(arq_id, claim.created_at), name=f"job-{claim.id}")
+        self._held[claim.fence] = claim
+        self._stops[claim.fence] = Stop()
+        before = self.tasks.get(arq_id)
+        task = asyncio.create_task(self._run_after(before, arq_id, claim), name=f"job-{claim.id}")
         self.tasks[arq_id] = task
-        task.add_done_callback(lambda _: self._forget(arq_id))
+        task.add_done_callback(lambda done: self._forget(arq_id, claim, done))
 
-    def _forget(self, arq_id: str) -> None:
-        task, claim = self.tasks.pop(arq_id), self._claims.pop(arq_id)
-        self._stops.pop(claim.id)
-        self._decisions.pop(arq_id, None)
+    async def _run_after(self, before: asyncio.Task[None] | None, arq_id: str, claim: Claim) -> None:
+        """Run an attempt once the one before it, whose lease was lost, has stopped."""
+        if before is not None:
+            for fence, held in self._held.items():
+                if held.id == claim.id and fence != claim.fence:
+                    self._stops[fence].set(StopReason.LEASE_LOST)
+            await asyncio.wait({before})
+        self._running[arq_id] = claim
+        await self.run_job(arq_id, claim.created_at)
+
+    def _forget(self, arq_id: str, claim: Claim, task: asyncio.Task[None]) -> None:
+        if self.tasks.get(arq_id) is task:
+            del self.tasks[arq_id]
+            self._running.pop(arq_id, None)
+        del self._held[claim.fence], self._stops[claim.fence]
+        self._decisions.pop(claim.fence, None)
         self._slot_freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             # What run_job raises is the queue server's failing; the lease runs out and the job is run again.
             log.error("run_job_failed", job=claim.id, error=repr(error))
 
     async def _generate(self, ctx: dict[str, Any], job_id: str) -> None:
-        arq_id = ctx["job_id"]
-        self._decisions[arq_id] = await self._runner.run(self._claims[arq_id], self._stops[job_id])
+        claim = self._running[ctx["job_id"]]
+        self._decisions[claim.fence] = await self._runner.run(claim, self._stops[claim.fence])
 
     async def finish_job(self, job_id: str, *_: Any) -> None:
         """Write the runner's decision, however long the server stays away; the fence guards what is stale."""
-        claim, decision = self._claims[job_id], self._decisions.get(job_id, NO_DECISION)
+        claim = self._running[job_id]
+        decision = self._decisions.get(claim.fence, NO_DECISION)
         while True:
             try:
                 await self._write(claim, decision)
-                return
             except LeaseLost:
                 log.warning("result_discarded", job=claim.id, fence=claim.fence)
                 return
             except Unavailable as exc:
                 log.warning("finish_retried", job=claim.id, error=str(exc))
                 await self._pause()
+            else:
+                self._runner.note(claim, decision)
+                return
 
     async def finish_failed_job(self, job_id: str, result_data: bytes | None) -> None:
         """arq could not even start it (payload gone or broken): give the claim back, spent."""
@@ -154,11 +178,12 @@ class Consumer(Worker):
                 log.warning("beat_failed", error=str(exc))
 
     async def _beat_once(self) -> None:
-        claims = list(self._claims.values())
-        ttl = 2 * self._settings.lease
-        stops = await self._queue.beat(self._info, claims, lease=self._settings.lease, ttl=ttl)
-        for job_id, reason in stops.items():
-            if stop := self._stops.get(job_id):
+        info, ttl = self._info, 2 * self._settings.lease
+        if self._draining.is_set():
+            info = msgspec.structs.replace(info, slots=0)
+        stops = await self._queue.beat(info, list(self._held.values()), lease=self._settings.lease, ttl=ttl)
+        for fence, reason in stops.items():
+            if stop := self._stops.get(fence):
                 stop.set(reason)
 
     async def _obey_forever(self) -> None:
@@ -169,8 +194,9 @@ class Consumer(Worker):
             except Unavailable:
                 await self._pause()
                 continue
-            if told is not None and (stop := self._stops.get(told[0])):
-                stop.set(told[1])
+            for fence, claim in self._held.items():
+                if told is not None and claim.id == told[0]:
+                    self._stops[fence].set(told[1])
 
     async def _pause(self) -> None:
         """Between two tries to reach the server; jittered, so that a fleet does not return as one."""
@@ -179,11 +205,19 @@ class Consumer(Worker):
     async def _finish_running(self) -> None:
         if self.tasks:
             log.info("draining", jobs=len(self.tasks), seconds=self._settings.drain_timeout)
+            await self._tell_no_slots()
             await asyncio.wait(self.tasks.values(), timeout=self._settings.drain_timeout)
         for stop in self._stops.values():
             stop.set(StopReason.SHUTDOWN)
         if self.tasks:
             await asyncio.wait(self.tasks.values())
+
+    async def _tell_no_slots(self) -> None:
+        """A worker that drains is alive, but nobody should count on it; the next beat would say so too."""
+        try:
+            await self._beat_once()
+        except Unavailable as exc:
+            log.warning("beat_failed", error=str(exc))
 
     async def _sign_off(self) -> None:
         """Leave the list of workers, and pass on a wake token that may have been taken on the way out."""

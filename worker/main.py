@@ -54,7 +54,6 @@ async def serve(settings: Settings, engine: Engine) -> None:
             consumer = Consumer(parts.queue, runner, info, settings)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, consumer.drain)
-            log.info("worker_ready", worker=name, engine=info.engine, model=info.model, device=info.device)
             await consumer.main()
     log.info("worker_stopped", worker=name)
 

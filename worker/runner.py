@@ -8,8 +8,9 @@ import asyncio
 import hashlib
 import random
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 import msgspec
 import structlog
@@ -38,6 +39,8 @@ from worker.engines.base import Engine, Image, Notice, Pictures, Progress, Task
 from worker.images import decode_inputs, encode_picture, resolve_size
 
 MAX_RETRY_DELAY: Final = 60.0
+BLOB_RETRY_SECONDS: Final = (0.25, 0.75)
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -190,7 +193,6 @@ class JobRunner:
                 span.set_attribute("error.type", decision.error.code)
                 if decision.state == JobState.FAILED:
                     span.set_status(StatusCode.ERROR, decision.error.code)
-            self._note(claim, decision)
             return decision
 
     async def _make_or_stop(self, attempt: Attempt, stop: Stop) -> Outcome:
@@ -238,7 +240,7 @@ class JobRunner:
     async def _load(self, key: str | None) -> Inputs | None:
         if key is None:
             return None
-        data = await self._blobs.get(key)
+        data = await _patiently(lambda: self._blobs.get(key))
         if data is None:
             raise InputGone("The job's input picture is no longer stored: send the request again")
         return msgspec.msgpack.decode(data, type=Inputs)
@@ -276,7 +278,7 @@ class JobRunner:
     async def _store(self, claim: Claim, image: Image, data: bytes) -> Result:
         key = f"result:{claim.id}.{claim.fence}"
         expires_at = int(time.time() * 1000) + milliseconds(self._settings.result_retention)
-        await self._blobs.put(key, data, expires_at)
+        await _patiently(lambda: self._blobs.put(key, data, expires_at))
         return Result(
             blob=key,
             media_type=claim.spec.options.output_format.media_type,
@@ -310,7 +312,8 @@ class JobRunner:
         ceiling = min(MAX_RETRY_DELAY, self._settings.retry_delay * 2 ** (attempt - 1))
         return random.uniform(ceiling / 2, ceiling)  # noqa: S311 - no secret depends on it
 
-    def _note(self, claim: Claim, decision: Decision) -> None:
+    def note(self, claim: Claim, decision: Decision) -> None:
+        """Count and log a decision that has been written."""
         match decision:
             case Outcome():
                 telemetry.JOBS_COMPLETED.labels(decision.state.value, self._engine.info.name).inc()
@@ -320,6 +323,19 @@ class JobRunner:
                 log.info("job_released", job=claim.id, code=decision.why.code, spent=decision.spent)
             case Lost():
                 log.warning("lease_lost", job=claim.id, fence=claim.fence)
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """Repeat a blob's transfer while the store cannot be reached: the picture is worth more than the wait.
+
+    The attempt's own limits end it: deadline, time limit, a lost lease, a cancel.
+    """
+    while True:
+        try:
+            return await call()
+        except Unavailable as exc:
+            log.warning("blob_retried", error=str(exc))
+            await asyncio.sleep(random.uniform(*BLOB_RETRY_SECONDS))  # noqa: S311
 
 
 class Interrupted(JobError):

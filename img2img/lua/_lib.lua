@@ -3,12 +3,23 @@
 -- Only the server's clock counts: TIME is read here, never sent by a client.
 
 local P, QUEUE = KEYS[1], ARGV[1]
-local READY, DELAYED, LEASES = P .. 'ready:' .. QUEUE, P .. 'delayed:' .. QUEUE, P .. 'leases:' .. QUEUE
-local WAKE, ALIVE = P .. 'wake:' .. QUEUE, 'arq:queue:' .. string.match(P, '{.-}') .. ':' .. QUEUE
-local EXPIRY, ABANDON = P .. 'expiry:' .. QUEUE, P .. 'abandon:' .. QUEUE
-local WORKERS, WORKER_INFO = P .. 'workers:' .. QUEUE, P .. 'worker-info:' .. QUEUE
+local SHARD = string.match(P, '{.-}')
 local DISCARD = P .. 'discard'
 local WAKE_CAP = 512
+-- After a restart of the server old leases look expired: their workers get this many seconds to say that they live.
+local RESTART_GRACE = 5
+
+-- The indexes of a queue. A job's own queue counts, whichever queue a caller looks at.
+local function indexes(queue)
+  return {
+    ready = P .. 'ready:' .. queue, delayed = P .. 'delayed:' .. queue, leases = P .. 'leases:' .. queue,
+    expiry = P .. 'expiry:' .. queue, abandon = P .. 'abandon:' .. queue, wake = P .. 'wake:' .. queue,
+    alive = 'arq:queue:' .. SHARD .. ':' .. queue,
+  }
+end
+
+local OWN = indexes(QUEUE)
+local WORKERS, WORKER_INFO = P .. 'workers:' .. QUEUE, P .. 'worker-info:' .. QUEUE
 
 local TIME = redis.call('TIME')
 local NOW = TIME[1] * 1000 + math.floor(TIME[2] / 1000)
@@ -28,9 +39,25 @@ local function emit(id, kind, data)
   redis.call('PUBLISH', P .. 'bell:' .. id, seq)
 end
 
-local function wake()
-  redis.call('RPUSH', WAKE, '1')
-  redis.call('LTRIM', WAKE, -WAKE_CAP, -1)
+local function wake(queue)
+  redis.call('RPUSH', queue.wake, '1')
+  redis.call('LTRIM', queue.wake, -WAKE_CAP, -1)
+end
+
+local function queue_of(id) return indexes(field(id, 'queue') or QUEUE) end
+
+local function unlist(id, queue)
+  redis.call('ZREM', queue.alive, arq_id(id))
+  for _, name in ipairs({ 'ready', 'delayed', 'leases', 'expiry', 'abandon' }) do
+    redis.call('ZREM', queue[name], id)
+  end
+end
+
+-- An index can outlive a record, when nobody swept for longer than the record is kept. Such a member goes.
+local function exists(id)
+  if redis.call('HEXISTS', job_key(id), 'spec') == 1 then return true end
+  unlist(id, OWN)
+  return false
 end
 
 local function error_outcome(state, code, message)
@@ -41,16 +68,15 @@ end
 local function finalize(id, state, outcome)
   local key, arq = job_key(id), arq_id(id)
   local job = redis.call('HMGET', key, 'keep', 'attempt', 'created', 'started', 'inputs')
-  local keep = tonumber(job[1])
+  local keep, queue = tonumber(job[1]), queue_of(id)
   redis.call('HSET', key, 'state', state, 'finished', int(NOW), 'outcome', outcome)
   local result = cjson.encode({
     t = tonumber(job[2]), f = 'generate', a = { id }, k = {}, et = tonumber(job[3]),
-    s = state == 'succeeded', r = outcome, st = tonumber(job[4] or NOW), ft = NOW, q = ALIVE, id = arq,
+    s = state == 'succeeded', r = outcome, st = tonumber(job[4] or NOW), ft = NOW, q = queue.alive, id = arq,
   })
   redis.call('SET', 'arq:result:' .. arq, result, 'PX', int(keep))
   redis.call('DEL', 'arq:job:' .. arq, 'arq:in-progress:' .. arq, 'arq:retry:' .. arq, P .. 'waiters:' .. id)
-  redis.call('ZREM', ALIVE, arq)
-  for _, index in ipairs({ READY, DELAYED, LEASES, EXPIRY, ABANDON }) do redis.call('ZREM', index, id) end
+  unlist(id, queue)
   emit(id, state, outcome)
   redis.call('PEXPIRE', key, int(keep))
   redis.call('PEXPIRE', P .. 'events:' .. id, int(keep))
@@ -59,19 +85,19 @@ end
 
 -- Back into the queue, at its old place; `delay` in milliseconds.
 local function requeue(id, delay, data)
-  local key, arq = job_key(id), arq_id(id)
+  local key, queue = job_key(id), queue_of(id)
   redis.call('HSET', key, 'state', 'queued')
   redis.call('HDEL', key, 'worker', 'running', 'fence')
-  redis.call('ZREM', LEASES, id)
-  redis.call('DEL', 'arq:in-progress:' .. arq)
-  redis.call('ZADD', EXPIRY, field(id, 'expires'), id)
+  redis.call('ZREM', queue.leases, id)
+  redis.call('DEL', 'arq:in-progress:' .. arq_id(id))
+  redis.call('ZADD', queue.expiry, field(id, 'expires'), id)
   if delay > 0 then
-    redis.call('ZADD', DELAYED, int(NOW + delay), id)
+    redis.call('ZADD', queue.delayed, int(NOW + delay), id)
   else
-    redis.call('ZADD', READY, field(id, 'score'), id)
+    redis.call('ZADD', queue.ready, field(id, 'score'), id)
   end
   emit(id, 'queued', data)
-  wake()
+  wake(queue)
 end
 
 -- A failed or crashed attempt: another one, unless all are spent, it was told to stop, or its time is over.
@@ -104,25 +130,43 @@ local function request_stop(id, reason)
   return job[1]
 end
 
+-- Members of an index whose time has come; `after` leaves out what was due before.
+local function due(index, limit, after)
+  return redis.call('ZRANGEBYSCORE', index, after or '-inf', int(NOW), 'LIMIT', 0, limit)
+end
+
+local function lost_leases()
+  local lost = due(OWN.leases, 20)
+  if #lost == 0 then return lost end
+  local uptime = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)') or RESTART_GRACE)
+  if uptime >= RESTART_GRACE then return lost end
+  return due(OWN.leases, 20, int(NOW - 1000 * (uptime + 1)))
+end
+
 -- Bounded upkeep on behalf of everybody; each caller does a little, so nothing depends on one process.
 local function sweep()
-  local lost = redis.call('ZRANGEBYSCORE', LEASES, '-inf', int(NOW), 'LIMIT', 0, 20)
-  for _, id in ipairs(lost) do
-    retry_or_end(id, 0, 'worker_lost', 'The worker died or lost its connection in mid-job')
+  for _, id in ipairs(lost_leases()) do
+    if exists(id) then
+      retry_or_end(id, 0, 'worker_lost', 'The worker died or lost its connection in mid-job')
+    end
   end
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', DELAYED, '-inf', int(NOW), 'LIMIT', 0, 100)) do
-    redis.call('ZREM', DELAYED, id)
-    redis.call('ZADD', READY, field(id, 'score'), id)
-    wake()
+  for _, id in ipairs(due(OWN.delayed, 100)) do
+    if exists(id) then
+      redis.call('ZREM', OWN.delayed, id)
+      redis.call('ZADD', OWN.ready, field(id, 'score'), id)
+      wake(OWN)
+    end
   end
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRY, '-inf', int(NOW), 'LIMIT', 0, 50)) do
-    finalize(id, 'expired', error_outcome('expired', 'expired', 'The deadline passed before the job could start'))
+  for _, id in ipairs(due(OWN.expiry, 50)) do
+    if exists(id) then
+      finalize(id, 'expired', error_outcome('expired', 'expired', 'The deadline passed before the job could start'))
+    end
   end
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', ABANDON, '-inf', int(NOW), 'LIMIT', 0, 50)) do
-    redis.call('ZREM', ABANDON, id)
-    request_stop(id, 'disconnect')
+  for _, id in ipairs(due(OWN.abandon, 50)) do
+    redis.call('ZREM', OWN.abandon, id)
+    if exists(id) then request_stop(id, 'disconnect') end
   end
-  for _, worker in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, '-inf', int(NOW), 'LIMIT', 0, 20)) do
+  for _, worker in ipairs(due(WORKERS, 20)) do
     redis.call('ZREM', WORKERS, worker)
     redis.call('HDEL', WORKER_INFO, worker)
   end
@@ -130,15 +174,15 @@ end
 
 -- Milliseconds until upkeep has something to do again, or -1.
 local function next_due()
-  local due = -1
-  for _, index in ipairs({ DELAYED, LEASES, EXPIRY, ABANDON }) do
-    local first = redis.call('ZRANGE', index, 0, 0, 'WITHSCORES')
+  local soonest = -1
+  for _, name in ipairs({ 'delayed', 'leases', 'expiry', 'abandon' }) do
+    local first = redis.call('ZRANGE', OWN[name], 0, 0, 'WITHSCORES')
     if first[2] then
       local wait = math.max(0, tonumber(first[2]) - NOW)
-      if due < 0 or wait < due then due = wait end
+      if soonest < 0 or wait < soonest then soonest = wait end
     end
   end
-  return due
+  return soonest
 end
 
 -- Registers interest in a job that ends when nobody waits for it any more.
@@ -146,5 +190,5 @@ local function wait_for(id, waiter, ttl, grace)
   local waiters = P .. 'waiters:' .. id
   redis.call('ZADD', waiters, int(NOW + ttl), waiter)
   redis.call('PEXPIRE', waiters, int(ttl + grace + 60000))
-  redis.call('ZADD', ABANDON, 'GT', int(NOW + ttl + grace), id)
+  redis.call('ZADD', OWN.abandon, 'GT', int(NOW + ttl + grace), id)
 end

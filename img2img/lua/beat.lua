@@ -10,7 +10,7 @@ for i = 6, #ARGV, 2 do
   local job = redis.call('HMGET', job_key(id), 'fence', 'state', 'stop')
   local answer = 'lost'
   if job[1] == fence and job[2] == 'running' then
-    redis.call('ZADD', LEASES, 'XX', int(NOW + lease), id)
+    redis.call('ZADD', OWN.leases, 'XX', int(NOW + lease), id)
     redis.call('PEXPIRE', 'arq:in-progress:' .. arq_id(id), int(lease))
     answer = job[3] or 'ok'
   end

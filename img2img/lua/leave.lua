@@ -3,7 +3,7 @@
 local id, waiters, grace = ARGV[2], P .. 'waiters:' .. ARGV[2], tonumber(ARGV[4])
 redis.call('ZREM', waiters, ARGV[3])
 redis.call('ZREMRANGEBYSCORE', waiters, '-inf', int(NOW))
-if redis.call('ZCARD', waiters) == 0 and redis.call('ZSCORE', ABANDON, id) then
-  redis.call('ZADD', ABANDON, int(NOW + grace), id)
+if redis.call('ZCARD', waiters) == 0 and redis.call('ZSCORE', OWN.abandon, id) then
+  redis.call('ZADD', OWN.abandon, int(NOW + grace), id)
 end
 sweep()

@@ -2,16 +2,17 @@
 -- ARGV: queue, spec (JSON, stored as it is), order (JSON):
 --   id, account, fingerprint, lifetime, keep, boost, attempts, reject_if_busy,
 --   inputs: null | blob key, join: null | {key, mode = "idempotency" | "first" | "retry", ttl}, waiter: null | {id, ttl, grace}
---   (times in ms)
+--   horizon (the longest that any job of the account may be known; times in ms)
 -- Returns {'created'} | {'joined', id} | {'conflict'} | {'busy'}
 local spec, order = ARGV[2], cjson.decode(ARGV[3])
 local id, key, arq = order.id, job_key(order.id), arq_id(order.id)
 local join = order.join ~= cjson.null and order.join or nil
 local waiter = order.waiter ~= cjson.null and order.waiter or nil
+local join_key = join and P .. 'join:' .. QUEUE .. ':' .. join.key
 
 local function joinable()
   if not join or join.mode == 'first' then return nil end
-  local known = redis.call('HMGET', P .. 'join:' .. join.key, 'id', 'fingerprint')
+  local known = redis.call('HMGET', join_key, 'id', 'fingerprint')
   if not known[1] then return nil end
   local first = redis.call('HMGET', job_key(known[1]), 'state', 'stop')
   if not first[1] then return nil end
@@ -28,15 +29,18 @@ local function free_slots()
   for _, worker in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, int(NOW), '+inf')) do
     slots = slots + cjson.decode(redis.call('HGET', WORKER_INFO, worker)).slots
   end
-  return slots - redis.call('ZCARD', READY) - redis.call('ZCARD', DELAYED) - redis.call('ZCARD', LEASES)
+  return slots - redis.call('ZCARD', OWN.ready) - redis.call('ZCARD', OWN.delayed) - redis.call('ZCARD', OWN.leases)
 end
 
 if redis.call('EXISTS', key) == 1 then return { 'created' } end
 local known = joinable()
 if known then
   if known[2] ~= order.fingerprint then return { 'conflict' } end
-  if join.mode == 'retry' then redis.call('PEXPIRE', P .. 'join:' .. join.key, int(join.ttl)) end
-  if waiter and redis.call('ZSCORE', ABANDON, known[1]) then
+  if join.mode == 'retry' then redis.call('PEXPIRE', join_key, int(join.ttl)) end
+  if not waiter then
+    -- Who joins without waiting wants the job to go on when the others have left.
+    redis.call('ZREM', OWN.abandon, known[1])
+  elseif redis.call('ZSCORE', OWN.abandon, known[1]) then
     wait_for(known[1], waiter.id, waiter.ttl, waiter.grace)
   end
   return { 'joined', known[1] }
@@ -45,27 +49,27 @@ if order.reject_if_busy and free_slots() <= 0 then return { 'busy' } end
 
 local ttl = int(order.lifetime + order.keep)
 local score, expires = int(NOW - order.boost), int(NOW + order.lifetime)
-redis.call('HSET', key, 'spec', spec, 'account', order.account, 'state', 'queued', 'created', int(NOW),
+redis.call('HSET', key, 'spec', spec, 'account', order.account, 'queue', QUEUE, 'state', 'queued', 'created', int(NOW),
   'expires', expires, 'score', score, 'keep', int(order.keep), 'attempts', order.attempts, 'attempt', 0)
 if order.inputs ~= cjson.null then redis.call('HSET', key, 'inputs', order.inputs) end
 redis.call('PEXPIRE', key, ttl)
 local payload = cjson.encode({ t = cjson.null, f = 'generate', a = { id }, k = {}, et = NOW })
 redis.call('SET', 'arq:job:' .. arq, payload, 'PX', ttl)
-redis.call('ZADD', ALIVE, int(NOW), arq)
-redis.call('ZADD', READY, score, id)
-redis.call('ZADD', EXPIRY, expires, id)
+redis.call('ZADD', OWN.alive, int(NOW), arq)
+redis.call('ZADD', OWN.ready, score, id)
+redis.call('ZADD', OWN.expiry, expires, id)
 emit(id, 'queued', '{}')
 redis.call('PEXPIRE', P .. 'events:' .. id, ttl)
 
 local mine = P .. 'account:' .. order.account
 redis.call('ZADD', mine, int(NOW), id)
-redis.call('ZREMRANGEBYSCORE', mine, '-inf', int(NOW - order.lifetime - order.keep))
-redis.call('PEXPIRE', mine, ttl)
+redis.call('ZREMRANGEBYSCORE', mine, '-inf', int(NOW - order.horizon))
+redis.call('PEXPIRE', mine, int(order.horizon))
 
 if join then
-  redis.call('HSET', P .. 'join:' .. join.key, 'id', id, 'fingerprint', order.fingerprint)
-  redis.call('PEXPIRE', P .. 'join:' .. join.key, int(join.ttl))
+  redis.call('HSET', join_key, 'id', id, 'fingerprint', order.fingerprint)
+  redis.call('PEXPIRE', join_key, int(join.ttl))
 end
 if waiter then wait_for(id, waiter.id, waiter.ttl, waiter.grace) end
-wake()
+wake(OWN)
 return { 'created' }

@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from tests.stack import Stack, eventually, state_of, submit
 
@@ -42,6 +43,21 @@ def test_a_stopped_worker_cannot_overwrite(stack: Stack) -> None:
             "the stopped worker notices that it was fenced",
         )
         assert client.get(f"/v1/jobs/{job_id}").json() == job
+
+
+def test_a_worker_may_get_its_own_lost_job_again(stack: Stack, valkey_url: str) -> None:
+    """The server stalls past the lease: the worker's free slot claims the job that its other slot still runs."""
+    stack.worker(concurrency="2", **FAST_LEASE)
+    with stack.gateway().client() as client, Redis.from_url(valkey_url) as redis:
+        job_id = submit(client, prompt="a dog fake:step=0.15")["id"]
+        eventually(lambda: state_of(client, job_id) == "running", "running")
+        redis.client_pause(1500, all=True)
+        job = client.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json()
+        assert job["state"] == "succeeded"
+        assert job["attempt"] <= 2
+        after = submit(client, prompt="a dog")["id"]
+        assert client.get(f"/v1/jobs/{after}", params={"wait": 30}).json()["state"] == "succeeded"
+        assert client.get("/v1/queue").json()["running"] == 0
 
 
 def test_a_worker_that_is_asked_to_stop_hands_its_job_back(stack: Stack) -> None:

@@ -1,6 +1,7 @@
 """The queue's promises, on a real server: one transition at a time."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,6 +23,7 @@ LEASE = 6.0
 KEEP = 60.0
 INDEXES = (b"ready:", b"delayed:", b"leases:", b"expiry:", b"abandon:", b"workers:", b"worker-info:", b"wake:")
 SUCCEEDED = Outcome(state=JobState.SUCCEEDED)
+TOKENS = itertools.count()
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ async def submit(queue: JobQueue, seconds: float = 60.0, options: dict[str, Any]
 
 
 async def claim_one(queue: JobQueue, lease: float = LEASE, worker: str = "w1") -> Claim:
-    claims, _ = await queue.claim(worker, 1, lease)
+    claims, _ = await queue.claim(worker, 1, lease, token=str(next(TOKENS)))
     return claims[0]
 
 
@@ -123,12 +125,58 @@ async def test_a_job_whose_workers_all_die_fails(queue: JobQueue) -> None:
     for _ in range(2):
         await claim_one(queue, lease=0.001)
         await asyncio.sleep(0.01)
-    assert await queue.claim("w3", 1, LEASE) == ([], None)
+    assert await queue.claim("w3", 1, LEASE, "t") == ([], None)
     job = await queue.get(job_id)
     assert job.state == JobState.FAILED
     assert job.outcome is not None
     assert job.outcome.error is not None
     assert job.outcome.error.code == "worker_lost"
+
+
+async def test_a_claim_whose_answer_was_lost_is_answered_again(queue: JobQueue) -> None:
+    """The same token hands out the same jobs under the same fences; the next one hands out the next."""
+    first, second = await submit(queue), await submit(queue)
+    once, _ = await queue.claim("w1", 1, LEASE, "one")
+    again, _ = await queue.claim("w1", 1, LEASE, "one")
+    assert [(claim.id, claim.fence, claim.attempt) for claim in once] == [(first, once[0].fence, 1)]
+    assert [(claim.id, claim.fence, claim.attempt) for claim in again] == [(first, once[0].fence, 1)]
+    assert [claim.id for claim in (await queue.claim("w1", 1, LEASE, "two"))[0]] == [second]
+
+
+async def test_members_without_a_record_are_swept_away(queue: JobQueue, redis: ArqRedis) -> None:
+    """A record that expired before anybody swept leaves nothing that could stop the queue."""
+    ended = [await submit(queue) for _ in range(3)]
+    await queue.release(await claim_one(queue), Failure("engine_failed", "x"), spent=True, delay=0.001)
+    await claim_one(queue, lease=0.001)
+    for job_id in ended:
+        await redis.delete(f"{queue.prefix}job:{job_id}")
+    await asyncio.sleep(0.01)
+    await queue.sweep()
+    fresh = await submit(queue)
+    assert (await claim_one(queue)).id == fresh
+    for index in ("ready", "delayed", "expiry"):
+        assert await redis.exists(f"{queue.prefix}{index}:default") == 0, index
+
+
+async def test_another_queues_gateway_can_cancel(queue: JobQueue, redis: ArqRedis) -> None:
+    """A job's own indexes are cleaned, whichever queue the caller looks at; its key joins nothing elsewhere."""
+    other = JobQueue(redis, "other")
+    join = Join("key:acme:k", "idempotency", 60_000)
+    job_id = await submit(queue, join=join)
+    assert await submit(other, join=join) != job_id
+    assert await other.cancel(job_id) == JobState.CANCELED
+    assert (await queue.claim("w1", 1, LEASE, "t"))[0] == []
+
+
+async def test_joining_without_waiting_keeps_the_job(queue: JobQueue) -> None:
+    """A job that somebody asked for without waiting goes on when the one who waited has left."""
+    join, waiter = Join("key:acme:k", "idempotency", 60_000), Waiter("one", 60_000, 1)
+    job_id = await submit(queue, join=join, waiter=waiter)
+    assert await submit(queue, join=join) == job_id
+    await queue.leave(job_id, waiter)
+    await asyncio.sleep(0.01)
+    await queue.sweep()
+    assert (await queue.get(job_id)).state == JobState.QUEUED
 
 
 async def test_a_beat_keeps_the_lease(queue: JobQueue) -> None:
@@ -138,9 +186,9 @@ async def test_a_beat_keeps_the_lease(queue: JobQueue) -> None:
     info = WorkerInfo("w1", 1, "fake", "fake", "cpu")
     assert await queue.beat(info, [claim], lease=LEASE, ttl=LEASE) == {}
     await asyncio.sleep(0.25)
-    assert (await queue.claim("w2", 1, LEASE))[0] == []
+    assert (await queue.claim("w2", 1, LEASE, "t"))[0] == []
     gone = msgspec.structs.replace(claim, fence=claim.fence + 1)
-    assert await queue.beat(info, [gone], lease=LEASE, ttl=LEASE) == {claim.id: StopReason.LEASE_LOST}
+    assert await queue.beat(info, [gone], lease=LEASE, ttl=LEASE) == {gone.fence: StopReason.LEASE_LOST}
 
 
 async def test_a_released_job_keeps_its_place(queue: JobQueue) -> None:
@@ -156,7 +204,7 @@ async def test_a_failed_attempt_waits_for_its_delay(queue: JobQueue) -> None:
     """Back-off: the job is not handed out before it is due, and the worker is told when that is."""
     job_id = await submit(queue)
     await queue.release(await claim_one(queue), Failure("engine_failed", "x"), spent=True, delay=0.05)
-    claims, due = await queue.claim("w1", 1, LEASE)
+    claims, due = await queue.claim("w1", 1, LEASE, "t")
     assert claims == []
     assert due is not None
     assert due <= 0.05
@@ -198,13 +246,13 @@ async def test_a_canceled_job_is_not_run_again_when_its_worker_dies(queue: JobQu
     await claim_one(queue, lease=0.001)
     await queue.cancel(job_id)
     await asyncio.sleep(0.01)
-    assert (await queue.claim("w2", 1, LEASE))[0] == []
+    assert (await queue.claim("w2", 1, LEASE, "t"))[0] == []
     assert (await queue.get(job_id)).state == JobState.CANCELED
 
 
 async def test_an_expired_job_never_starts(queue: JobQueue) -> None:
     """A claim and a sweep both end it."""
-    for look in (queue.sweep, lambda: queue.claim("w1", 1, LEASE)):
+    for look in (queue.sweep, lambda: queue.claim("w1", 1, LEASE, "t")):
         job_id = await submit(queue, seconds=0.001)
         await asyncio.sleep(0.01)
         await look()
@@ -243,7 +291,11 @@ async def test_reject_if_busy_counts_free_slots(queue: JobQueue) -> None:
     busy = {"reject_if_busy": True}
     with pytest.raises(NoCapacity):
         await submit(queue, options=busy)
-    await queue.beat(WorkerInfo("w1", 1, "fake", "fake", "cpu"), [], lease=LEASE, ttl=LEASE)
+    worker = WorkerInfo("w1", 1, "fake", "fake", "cpu")
+    await queue.beat(msgspec.structs.replace(worker, slots=0), [], lease=LEASE, ttl=LEASE)
+    with pytest.raises(NoCapacity):
+        await submit(queue, options=busy)
+    await queue.beat(worker, [], lease=LEASE, ttl=LEASE)
     await submit(queue, options=busy)
     with pytest.raises(NoCapacity):
         await submit(queue, options=busy)
