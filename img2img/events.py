@@ -8,13 +8,15 @@ reconnect can never lose or double an event.
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import msgspec
 import structlog
-from redis.asyncio.client import PubSub
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
 from img2img.errors import Unavailable
 from img2img.jobs import JobEvent
@@ -25,6 +27,7 @@ CATCH_UP_SECONDS: Final = 15.0
 """A follower looks again after this long even without a ring."""
 READ_LIMIT: Final = 256
 READ_SECONDS: Final = 10.0
+"""A connection that is silent for this long is asked whether it lives, and given up after as long again."""
 RECONNECT_SECONDS: Final = 0.5
 
 log = structlog.get_logger(__name__)
@@ -38,8 +41,14 @@ class Follower:
         self._job_id = job_id
         self._after = after
         self._bell = asyncio.Event()
+        self._deaf = False
 
     def ring(self) -> None:
+        self._bell.set()
+
+    def deafen(self) -> None:
+        """No bell will ring any more: whoever waits, or asks again, gets an error."""
+        self._deaf = True
         self._bell.set()
 
     async def read(self) -> list[JobEvent]:
@@ -48,6 +57,8 @@ class Follower:
         Raises:
             Unavailable: the server cannot be reached.
         """
+        if self._deaf:
+            raise Unavailable("This gateway no longer hears of jobs and is about to end: try again")
         self._bell.clear()
         with translated():
             entries = await self._queue.redis.xrange(
@@ -56,6 +67,8 @@ class Follower:
         events = [_event(entry_id, fields) for entry_id, fields in entries]
         if events:
             self._after = events[-1].seq
+        if len(events) == READ_LIMIT or self._deaf:
+            self._bell.set()
         return events
 
     async def next(self, timeout: float) -> list[JobEvent]:
@@ -73,26 +86,40 @@ class Follower:
 
 
 class EventHub:
-    """Follows any number of jobs over one subscription."""
+    """Follows any number of jobs over one connection, which is touched by the hub's own task only.
+
+    Followers merely say what they want to hear of; the task subscribes to that, connects again after a loss, and
+    lets the server's confirmations ring. An unexpected end of the task cancels the block, so that the process ends
+    instead of living on deaf.
+    """
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
         self._followers: dict[str, set[Follower]] = {}
-        self._pubsub: PubSub = queue.redis.pubsub()
-        self._reader: asyncio.Task[None] | None = None
-        self._subscribed = asyncio.Event()
+        self._asked: set[str] = set()
+        """Channels that this connection was told to hear."""
+        self._heard: set[str] = set()
+        """Those of them that the server has confirmed."""
+        self._changed = asyncio.Event()
+        self._group = asyncio.TaskGroup()
+        self._owner: asyncio.Task[None] | None = None
+        self._failed = False
 
     async def __aenter__(self) -> Self:
-        self._reader = asyncio.create_task(self._read_bells(), name="event-hub")
+        await self._group.__aenter__()
+        self._owner = self._group.create_task(self._own(), name="event-hub")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
-        await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+        if self._failed:
+            await self._group.__aexit__(kind, error, trace)
+            return
+        if self._owner is not None:
+            self._owner.cancel()
+        # The block's own error is not the group's: it leaves as it is.
+        await self._group.__aexit__(None, None, None)
 
     @asynccontextmanager
     async def follow(self, job_id: str, after: int = 0) -> AsyncIterator[Follower]:
@@ -101,23 +128,24 @@ class EventHub:
         The server's word that the bell is in place rings it too, so that what happened before is read.
 
         Raises:
-            Unavailable: the server cannot be reached.
+            Unavailable: the hub has failed.
         """
         follower = Follower(self._queue, job_id, after)
         channel = self._queue.bell(job_id)
         followers = self._followers.setdefault(channel, set())
         followers.add(follower)
+        self._changed.set()
+        if self._failed:
+            follower.deafen()
+        elif channel in self._heard:
+            follower.ring()
         try:
-            if len(followers) == 1:
-                await self._subscribe(channel)
-            else:
-                follower.ring()
             yield follower
         finally:
             followers.discard(follower)
             if not followers and self._followers.get(channel) is followers:
                 del self._followers[channel]
-                await self._unsubscribe(channel)
+                self._changed.set()
 
     def ring_all(self) -> None:
         """Make every follower look up, as before a shutdown."""
@@ -125,32 +153,82 @@ class EventHub:
             for follower in followers:
                 follower.ring()
 
-    async def _subscribe(self, channel: str) -> None:
-        with translated():
-            await self._pubsub.subscribe(channel)
-        self._subscribed.set()
+    async def _own(self) -> None:
+        try:
+            while True:
+                try:
+                    await self._connected()
+                except* Unavailable as group:
+                    # The next connection subscribes again; the server's confirmations ring every bell.
+                    log.warning("event_hub_reconnects", error=str(group.exceptions[0]))
+                await asyncio.sleep(RECONNECT_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
+        except Exception:
+            self._failed = True
+            log.exception("event_hub_failed")
+            for followers in self._followers.values():
+                for follower in followers:
+                    follower.deafen()
+            raise
 
-    async def _unsubscribe(self, channel: str) -> None:
+    async def _connected(self) -> None:
+        """Subscribe and listen over one connection until it is lost.
+
+        It is not the pool's, and has neither redis-py's retries nor its health checks: those would connect again,
+        or read an answer, in the middle of somebody else's read.
+
+        Raises:
+            Unavailable: always, alone or in a group.
+        """
+        pool = self._queue.redis.connection_pool
+        own = {"retry": Retry(NoBackoff(), 0), "retry_on_error": [], "health_check_interval": 0}
+        connection: Any = pool.connection_class(**pool.connection_kwargs | own)
+        self._asked, self._heard = set(), set()
+        self._changed.set()
         try:
             with translated():
-                await self._pubsub.unsubscribe(channel)
-        except Unavailable:
-            log.debug("unsubscribe_failed", channel=channel)
+                await connection.connect()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._subscribe(connection), name="event-hub-orders")
+                group.create_task(self._listen(connection), name="event-hub-bells")
+        finally:
+            self._heard = set()
+            with suppress(RedisError, OSError):
+                await connection.disconnect(nowait=True)
 
-    async def _read_bells(self) -> None:
-        await self._subscribed.wait()
+    async def _subscribe(self, connection: Any) -> None:
+        """Make the connection hear what is followed, and nothing else."""
         while True:
-            try:
-                with translated():
-                    message = await self._pubsub.get_message(timeout=READ_SECONDS)
-            except Unavailable as exc:
-                # The next read reconnects and subscribes again; the server's confirmations ring every bell.
-                log.warning("event_hub_reconnects", error=str(exc))
-                await asyncio.sleep(RECONNECT_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
+            await self._changed.wait()
+            self._changed.clear()
+            wanted = set(self._followers)
+            new, old = wanted - self._asked, self._asked - wanted
+            self._asked = wanted
+            self._heard -= old
+            with translated():
+                if old:
+                    await connection.send_command("UNSUBSCRIBE", *old)
+                if new:
+                    await connection.send_command("SUBSCRIBE", *new)
+
+    async def _listen(self, connection: Any) -> None:
+        silent = False
+        while True:
+            with translated():
+                answer = await connection.read_response(
+                    timeout=READ_SECONDS, disconnect_on_error=False, push_request=True
+                )
+                if answer is None and not silent:
+                    await connection.send_command("PING")
+            if answer is None and silent:
+                raise Unavailable(f"The queue server has been silent for {2 * READ_SECONDS:g} s")
+            silent = answer is None
+            if not isinstance(answer, list) or answer[0] not in (b"message", b"subscribe"):
                 continue
-            if message is not None and message["type"] in ("message", "subscribe"):
-                for follower in tuple(self._followers.get(message["channel"].decode(), ())):
-                    follower.ring()
+            channel = answer[1].decode()
+            if answer[0] == b"subscribe" and channel in self._asked:
+                self._heard.add(channel)
+            for follower in tuple(self._followers.get(channel, ())):
+                follower.ring()
 
 
 def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> JobEvent:
