@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ import uvloop
 from litestar.types import ASGIApp
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 
+from gateway.drain import Drain
 from gateway.rest.app import build_app
 from gateway.rpc.server import open_server
 from gateway.service import JobService
@@ -85,7 +87,7 @@ def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(settings.drain_timeout),
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
@@ -95,8 +97,8 @@ def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Shutdown order: readiness off and watchers let go; no new connections on either port and the calls in
-    flight finished within the drain limit; upkeep; hub; queue and blobs.
+    Shutdown order: readiness off and watchers let go; at once no new calls on either port, and those in flight
+    finished, or answered that they should be sent again, within one drain limit; upkeep; hub; queue and blobs.
     """
     tenants = load_tenants(settings)
     stop = asyncio.Event()
@@ -105,9 +107,10 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     async with open_parts(settings) as parts, EventHub(parts.queue) as hub:
         service = JobService(parts, hub)
-        http = http_server(build_app(service, tenants, settings), settings)
+        drain = Drain(parts.queue, settings)
+        http = http_server(build_app(service, tenants, settings, drain), settings)
         with bind_http(settings) as listener:
-            async with open_server(service, tenants, settings) as grpc_server, asyncio.TaskGroup() as group:
+            async with open_server(service, tenants, settings, drain) as grpc_server, asyncio.TaskGroup() as group:
                 upkeep = group.create_task(
                     run_upkeep(parts.queue, parts.blobs, settings.input_retention), name="upkeep"
                 )
@@ -117,9 +120,9 @@ async def serve(settings: Settings) -> None:
                 log.info("gateway_ready", http_port=http_port, grpc_port=grpc_server.port)
                 await stop.wait()
                 service.drain()
-                grpc_server.set_serving(False)
+                drain.begin()
                 http.should_exit = True
-                await serving
+                await asyncio.gather(serving, grpc_server.stop())
                 upkeep.cancel()
     log.info("gateway_stopped")
 

@@ -11,6 +11,7 @@ from litestar import Request
 from litestar.di import NamedDependency
 from litestar.exceptions import ClientException
 
+from gateway.drain import Drain
 from gateway.rest.bodies import ByteBudget, decode_json, read_body
 from gateway.rest.forms import decode_form, is_form
 from gateway.service import JobService
@@ -35,6 +36,7 @@ class Front(msgspec.Struct, frozen=True):
     tenants: Tenants
     settings: Settings
     budget: ByteBudget
+    drain: Drain
     small_budget: ByteBudget = msgspec.field(default_factory=lambda: ByteBudget(SMALL_BUDGET))
     """Bodies without a picture have a budget of their own: large ones that arrive slowly do not keep them out."""
 
@@ -59,13 +61,15 @@ class Front(msgspec.Struct, frozen=True):
         Raises:
             MissingBody, MalformedBody, RequestTooLarge, TooManyBytesInFlight, InvalidRequest
             ClientClosed: the client went away in the middle of it, or fell silent.
+            Unavailable: the process ends before the body is complete.
         """
         bound = min(self.settings.max_json_body, self.settings.max_json_body if limit is None else limit)
         length = content_length(request)
         budget = self.small_budget if length is not None and length <= SMALL_BODY else self.budget
         with budget.reserve() as reservation:
             try:
-                raw = await read_body(unless_silent(request.stream(), BODY_IDLE), bound, reservation, length)
+                async with self.drain.bound():
+                    raw = await read_body(unless_silent(request.stream(), BODY_IDLE), bound, reservation, length)
             except ClientException as exc:
                 raise ClientClosed("The client went away before its request was complete") from exc
             content_type = request.headers.get("content-type", "")

@@ -11,6 +11,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from gateway.drain import Drain
 from gateway.rpc.health import HealthServicer
 from gateway.rpc.interceptor import SERVICE, CallInterceptor
 from gateway.rpc.servicer import Img2ImgServicer
@@ -30,18 +31,28 @@ CLIENT_PING_SECONDS: Final = 10
 class RpcServer:
     """A running server and the port it listens on."""
 
-    def __init__(self, server: grpc.aio.Server, port: int, health_servicer: HealthServicer) -> None:
+    def __init__(
+        self, server: grpc.aio.Server, port: int, health_servicer: HealthServicer, drain_timeout: float
+    ) -> None:
         self.server = server
         self.port = port
         self._health = health_servicer
+        self._drain_timeout = drain_timeout
 
     def set_serving(self, serving: bool) -> None:
         """What the health service answers, for the whole server and for our service; at first NOT_SERVING."""
         self._health.set_serving(serving)
 
+    async def stop(self) -> None:
+        """Take no new calls from now on, and give those in flight the drain limit to end; may be repeated."""
+        self._health.close()
+        await self.server.stop(self._drain_timeout)
+
 
 @asynccontextmanager
-async def open_server(service: JobService, tenants: Tenants, settings: Settings) -> AsyncIterator[RpcServer]:
+async def open_server(
+    service: JobService, tenants: Tenants, settings: Settings, drain: Drain
+) -> AsyncIterator[RpcServer]:
     """Serve on ``settings.grpc_port`` (0 for any); on leaving, calls get ``settings.drain_timeout`` to end.
 
     Raises:
@@ -49,16 +60,16 @@ async def open_server(service: JobService, tenants: Tenants, settings: Settings)
     """
     health_servicer, interceptor = HealthServicer(), CallInterceptor(tenants)
     server = grpc.aio.server(interceptors=[interceptor], options=_options(settings))
-    add_Img2ImgServiceServicer_to_server(Img2ImgServicer(service, settings), server)  # type: ignore[no-untyped-call]
+    add_Img2ImgServiceServicer_to_server(Img2ImgServicer(service, settings, drain), server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     port = _bind(server, settings)
     await server.start()
+    rpc = RpcServer(server, port, health_servicer, settings.drain_timeout)
     try:
-        yield RpcServer(server, port, health_servicer)
+        yield rpc
     finally:
-        health_servicer.close()
-        await server.stop(settings.drain_timeout)
+        await rpc.stop()
         await interceptor.finish()
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
+from gateway.drain import Drain
 from gateway.rpc.errors import abort, to_status
 from gateway.rpc.interceptor import caller
 from gateway.rpc.messages import (
@@ -43,8 +44,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Img2ImgServicer(Img2ImgServiceServicer):
     """Raises the service's errors as they are: :class:`CallInterceptor` answers with their status."""
 
-    def __init__(self, service: JobService, settings: Settings) -> None:
+    def __init__(self, service: JobService, settings: Settings, drain: Drain) -> None:
         self._service = service
+        self._drain = drain
         self._settings = settings
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
@@ -111,15 +113,14 @@ class Img2ImgServicer(Img2ImgServiceServicer):
             await context.write(pb.GetResultResponse(chunk=picture.data[start : start + CHUNK_BYTES]))
 
     async def _attend(self, order: Order, context: Context) -> tuple[str, Outcome]:
-        """Create the job and wait for its end; a caller that goes away leaves it, which ends it.
+        """Create the job and wait for its end; a caller that goes away leaves it, which ends it at once.
 
         A caller whose deadline comes does not leave: the job has the same deadline and ends ``expired`` a
         moment later, where leaving would make it ``canceled``.
         """
         timeout = self._settings.max_job_age if order.deadline is None else order.deadline
-        waiting = asyncio.create_task(
-            self._service.generate(order, timeout=timeout + END_MARGIN, grace=0), name="generate"
-        )
+        waiting = asyncio.create_task(self._wait(order, timeout + END_MARGIN), name="generate")
+        del order
         try:
             return await asyncio.shield(waiting)
         except asyncio.CancelledError:
@@ -127,6 +128,12 @@ class Img2ImgServicer(Img2ImgServiceServicer):
                 waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
             raise
+
+    async def _wait(self, order: Order, timeout: float) -> tuple[str, Outcome]:
+        async with self._service.attend(order, grace=0) as attendance:
+            del order  # the wait may be long, and the picture is stored
+            async with self._drain.bound(attendance.job_id):
+                return attendance.job_id, await attendance.outcome(timeout)
 
 
 def _order(request: pb.CreateJobRequest | pb.GenerateRequest, deadline: float | None) -> Order:

@@ -1,0 +1,72 @@
+"""A gateway that is told to stop: both ports close at once, and who still waits is asked to come again."""
+
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from img2img.v1 import img2img_pb2 as pb
+from img2img.v1.img2img_pb2_grpc import Img2ImgServiceStub
+from tests.calls import jobs_of
+from tests.stack import Stack, eventually, state_of
+
+LIMIT = 4.0
+
+
+def unfinished_call(http: str) -> socket.socket:
+    """A connection whose request has begun and does not end."""
+    host, port = http.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+    return connection
+
+
+def test_both_ports_close_at_once_and_waiting_calls_end_before_the_limit(stack: Stack) -> None:
+    """``Generate`` gets UNAVAILABLE; no new job is taken; the job of the call is there for its retry."""
+    leaving, staying = stack.gateway(drain_timeout=f"{LIMIT:g}"), stack.gateway()
+    request = pb.GenerateRequest(request=pb.Img2ImgRequest(prompt="fake:step=60"), idempotency_key="deploy")
+    with (
+        staying.client() as client,
+        grpc.insecure_channel(leaving.grpc) as channel,
+        ThreadPoolExecutor() as pool,
+        unfinished_call(leaving.http),
+    ):
+        stub = Img2ImgServiceStub(channel)
+        waiting = pool.submit(stub.Generate, request, timeout=60)
+        (job,) = eventually(lambda: jobs_of(client), "the job is there")
+        told = time.monotonic()
+        leaving.signal(signal.SIGTERM)
+        with grpc.insecure_channel(leaving.grpc) as other:
+
+            def refused() -> bool:
+                with pytest.raises(grpc.RpcError) as caught:
+                    Img2ImgServiceStub(other).GetJob(pb.GetJobRequest(id="none"), timeout=5)
+                return caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+            eventually(refused, "the gRPC port is closed while HTTP drains", LIMIT / 2)
+        with pytest.raises(grpc.RpcError) as caught:
+            waiting.result()
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert "send the same request again" in caught.value.details()
+        assert leaving.wait() == 0
+        assert time.monotonic() - told < LIMIT + 1
+        assert [entry for entry in leaving.entries() if entry.get("level") == "error"] == []
+        assert state_of(client, job["id"]) == "queued"
+        client.post(f"/v1/jobs/{job['id']}/cancel")
+
+
+def test_a_body_that_still_arrives_is_answered_before_the_limit(stack: Stack) -> None:
+    """503 with ``Retry-After`` instead of a connection that breaks."""
+    gateway = stack.gateway(drain_timeout="1")
+    with gateway.client() as client:
+        with unfinished_call(gateway.http) as slow:
+            assert client.get("/health/live").status_code == 200
+            gateway.signal(signal.SIGTERM)
+            answer = slow.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after:" in answer.lower()
+        assert gateway.wait() == 0
+        assert [entry for entry in gateway.entries() if entry.get("level") == "error"] == []
