@@ -6,8 +6,8 @@ Every method raises ``Unavailable`` when the queue server or the blob store cann
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 import msgspec
@@ -17,7 +17,15 @@ import uuid_utils
 from img2img import telemetry
 from img2img.batches import BatchStore
 from img2img.blobs import BlobStore
-from img2img.errors import Img2ImgError, InvalidRequest, ResultGone, ResultNotReady, WaitTimeout
+from img2img.errors import (
+    IdempotencyConflict,
+    Img2ImgError,
+    InvalidRequest,
+    NoCapacity,
+    ResultGone,
+    ResultNotReady,
+    WaitTimeout,
+)
 from img2img.events import EventHub
 from img2img.jobs import Job, JobEvent, JobSpec, JobState, Outcome, Result, StopReason
 from img2img.queue import JobQueue, Join, Lifetime, Page, QueueStats, Submitted, Waiter
@@ -109,17 +117,8 @@ class JobService:
             InvalidRequest: names the field.
             IdempotencyConflict, NoCapacity: see :meth:`JobQueue.submit`.
         """
-        try:
-            checked = await self._check(order)
-            submitted = await self._submit(order, checked, waiter, job_id)
-        except Img2ImgError as exc:
-            telemetry.JOBS_REJECTED.labels(exc.code).inc()
-            raise
-        if submitted.created:
-            telemetry.JOBS_SUBMITTED.labels(order.front_end).inc()
-            prompt = {"prompt": checked.request.prompt} if self._settings.log_prompts else {}
-            log.info("job_created", job=submitted.id, account=order.account, front_end=order.front_end, **prompt)
-        return submitted
+        with _counting_rejections():
+            return await self._submit(order, await self._check(order), waiter, job_id)
 
     async def generate(self, order: Order, *, timeout: float, grace: float) -> tuple[str, Outcome]:
         """Create a job and wait for its end; see :meth:`attend`."""
@@ -226,21 +225,24 @@ class JobService:
         Raises:
             InvalidRequest: names the first request that is wrong, as ``/requests/<index>``.
         """
-        checked = []
-        for index, order in enumerate(orders):
+        with _counting_rejections():
+            checked = []
+            for index, order in enumerate(orders):
+                try:
+                    checked.append(await self._check(order))
+                except InvalidRequest as exc:
+                    raise type(exc)(f"requests/{index}/{exc.field}", f"request {index}: {exc.reason}") from exc
+            job_ids: list[str] = []
             try:
-                checked.append(await self._check(order))
-            except InvalidRequest as exc:
-                raise type(exc)(f"requests/{index}/{exc.field}", f"request {index}: {exc.reason}") from exc
-        job_ids: list[str] = []
-        try:
-            for order, request in zip(orders, checked, strict=True):
-                job_ids.append((await self._submit(order, request)).id)
-            return await self._batches.put(account, job_ids, references, self._settings.job_retention)
-        except Img2ImgError:
-            for job_id in job_ids:
-                await self._queue.cancel(job_id, StopReason.DISCONNECT)
-            raise
+                for order, request in zip(orders, checked, strict=True):
+                    # Noted first: a submit that seems to fail may have been accepted all the same.
+                    job_ids.append(self._queue.new_id())
+                    await self._submit(order, request, job_id=job_ids[-1])
+                keep = self._settings.max_job_age + self._settings.job_retention
+                return await self._batches.put(account, job_ids, references, keep)
+            except (Img2ImgError, asyncio.CancelledError):
+                await asyncio.shield(self._take_back(job_ids))
+                raise
 
     async def get_batch(self, account: str, batch_id: str) -> tuple[list[Job], list[object]]:
         """The batch's jobs in the order of its requests, and the references that came with them.
@@ -273,31 +275,46 @@ class JobService:
         job_id = job_id or self._queue.new_id()
         with telemetry.send_span(self._queue.name, job_id) as trace:
             inputs = await self._store_inputs(job_id, checked, lifetime)
-            seed = checked.request.seed
-            spec = JobSpec(
-                id=job_id,
-                account=order.account,
-                parameters=checked.parameters,
-                options=checked.options,
-                seed=draw_seed() if seed is None else seed,
-                fingerprint=await asyncio.to_thread(checked.fingerprint) if inputs else checked.fingerprint(),
-                warnings=checked.warnings,
-                inputs=inputs,
-                trace=trace,
-            )
+            try:
+                spec = await self._spec(order, checked, job_id, inputs, trace)
+            except BaseException:
+                await asyncio.shield(self._drop(inputs))
+                raise
             join = self._join(order, spec.fingerprint)
             try:
                 submitted = await self._queue.submit(spec, lifetime, join=join, waiter=waiter)
-            except Img2ImgError:
+            except (IdempotencyConflict, NoCapacity):
+                # After any other error the job may be there all the same, and need its inputs.
                 await self._drop(inputs)
                 raise
             if not submitted.created:
                 await self._drop(inputs)
-            return submitted
+        if submitted.created:
+            telemetry.JOBS_SUBMITTED.labels(order.front_end).inc()
+            prompt = {"prompt": checked.request.prompt} if self._settings.log_prompts else {}
+            log.info("job_created", job=submitted.id, account=order.account, front_end=order.front_end, **prompt)
+        return submitted
+
+    async def _spec(
+        self, order: Order, checked: CheckedRequest, job_id: str, inputs: str | None, trace: dict[str, str]
+    ) -> JobSpec:
+        seed = checked.request.seed
+        return JobSpec(
+            id=job_id,
+            account=order.account,
+            parameters=checked.parameters,
+            options=checked.options,
+            seed=draw_seed() if seed is None else seed,
+            fingerprint=await asyncio.to_thread(checked.fingerprint) if inputs else checked.fingerprint(),
+            warnings=checked.warnings,
+            inputs=inputs,
+            trace=trace,
+        )
 
     def _lifetime(self, order: Order, checked: CheckedRequest) -> Lifetime:
         limits = (self._settings.max_job_age, order.deadline, checked.options.deadline_seconds)
-        return Lifetime(min(limit for limit in limits if limit is not None), self._settings.job_retention)
+        seconds = min(limit for limit in limits if limit is not None)
+        return Lifetime(seconds, self._settings.job_retention, longest=self._settings.max_job_age)
 
     def _join(self, order: Order, fingerprint: str) -> Join | None:
         if order.idempotency_key is not None:
@@ -315,12 +332,32 @@ class JobService:
         key = f"input:{job_id}"
         seconds = lifetime.seconds + self._settings.input_retention + INPUT_MARGIN
         expires_at = int(time.time() * 1000) + milliseconds(seconds)
-        await self._blobs.put(key, msgspec.msgpack.encode(checked.inputs), expires_at)
+        data = msgspec.msgpack.encode(checked.inputs)
+        storing = asyncio.create_task(self._blobs.put(key, data, expires_at), name=f"store-{job_id}")
+        try:
+            await asyncio.shield(storing)
+        except asyncio.CancelledError:
+            # What is on its way cannot be called back, only deleted once it is there.
+            await asyncio.gather(storing, return_exceptions=True)
+            await self._drop(key)
+            raise
         return key
 
     async def _drop(self, inputs: str | None) -> None:
+        """Delete a blob that no job needs, if that is possible; its own expiry does so otherwise."""
         if inputs is not None:
-            await self._blobs.delete(inputs)
+            try:
+                await self._blobs.delete(inputs)
+            except Img2ImgError as exc:
+                log.warning("input_not_dropped", blob=inputs, error=str(exc))
+
+    async def _take_back(self, job_ids: Sequence[str]) -> None:
+        """Cancel as many of the jobs of a refused batch as possible."""
+        for job_id in job_ids:
+            try:
+                await self._queue.cancel(job_id, StopReason.DISCONNECT)
+            except Img2ImgError as exc:
+                log.warning("job_not_taken_back", job=job_id, error=str(exc))
 
     @asynccontextmanager
     async def _waiter(self, grace: float, job_id: str) -> AsyncIterator[tuple[Waiter, list[str]]]:
@@ -350,3 +387,12 @@ class JobService:
                 await self._queue.leave(job_id, waiter)
             except Img2ImgError:
                 continue
+
+
+@contextmanager
+def _counting_rejections() -> Iterator[None]:
+    try:
+        yield
+    except Img2ImgError as exc:
+        telemetry.JOBS_REJECTED.labels(exc.code).inc()
+        raise
