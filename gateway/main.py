@@ -14,6 +14,7 @@ import uvloop
 from litestar.types import ASGIApp
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 
+from gateway.budget import Budgets
 from gateway.drain import Drain
 from gateway.rest.app import build_app
 from gateway.rpc.server import open_server
@@ -107,10 +108,13 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     async with open_parts(settings) as parts, EventHub(parts.queue) as hub:
         service = JobService(parts, hub)
-        drain = Drain(parts.queue, settings)
-        http = http_server(build_app(service, tenants, settings, drain), settings)
+        budgets, drain = Budgets(settings.max_body_bytes_in_flight), Drain(parts.queue, settings)
+        http = http_server(build_app(service, tenants, settings, budgets, drain), settings)
         with bind_http(settings) as listener:
-            async with open_server(service, tenants, settings, drain) as grpc_server, asyncio.TaskGroup() as group:
+            async with (
+                open_server(service, tenants, settings, budgets, drain) as grpc_server,
+                asyncio.TaskGroup() as group,
+            ):
                 upkeep = group.create_task(
                     run_upkeep(parts.queue, parts.blobs, settings.input_retention), name="upkeep"
                 )

@@ -9,9 +9,9 @@ from litestar.di import Provide
 from litestar.exceptions import HTTPException
 from opentelemetry import trace
 
+from gateway.budget import Budgets
 from gateway.drain import Drain
 from gateway.rest import envelope, problems
-from gateway.rest.bodies import ByteBudget
 from gateway.rest.cloudflare import CloudflareController
 from gateway.rest.context import AnyRequest, Front
 from gateway.rest.native import JobsController
@@ -26,9 +26,9 @@ CLOUDFLARE_PREFIX: Final = "/client/v4"
 ROUTE_TYPES: Final = re.compile(r":\w+(?=})")
 
 
-def build_app(service: JobService, tenants: Tenants, settings: Settings, drain: Drain) -> Litestar:
+def build_app(service: JobService, tenants: Tenants, settings: Settings, budgets: Budgets, drain: Drain) -> Litestar:
     """One application per process; it opens and closes nothing."""
-    front = Front(service, tenants, settings, ByteBudget(settings.max_body_bytes_in_flight), drain)
+    front = Front(service, tenants, settings, budgets, drain)
     return Litestar(
         route_handlers=[CloudflareController, JobsController, live, ready, metrics],
         dependencies={"front": Provide(lambda: front, sync_to_thread=False, use_cache=True)},

@@ -12,11 +12,11 @@ import io
 import re
 import secrets
 from collections.abc import AsyncIterable, Iterable
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import msgspec
 
+from gateway.budget import Reservation
 from img2img.errors import (
     Img2ImgError,
     InvalidImage,
@@ -24,7 +24,6 @@ from img2img.errors import (
     MalformedBody,
     MissingBody,
     RequestTooLarge,
-    TooManyBytesInFlight,
 )
 from img2img.images import PictureLimits
 from img2img.requests import integer_bytes
@@ -36,9 +35,6 @@ SEARCH_BYTES: Final = 4 * 1024 * 1024
 # All of a body but its pictures: 100 kB hold the two longest prompts with every character escaped, and
 # half a megabyte of the worst JSON (empty arrays) is decoded in 20 ms to 12 MB.
 MAX_REST_BYTES: Final = 512 * 1024
-# A body is in memory beside what it decodes to, which is at most as large: base64 becomes a string of the
-# same size, an array at most half of it in bytes.
-DECODE_FACTOR: Final = 2
 
 _STRINGS_PER_TURN: Final = 512
 _LEADING: Final = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*+")
@@ -59,65 +55,19 @@ _numbers: Final = msgspec.json.Decoder(list[float])
 Buffer = bytes | bytearray
 
 
-class ByteBudget:
-    """How many bytes of request bodies one process holds at a time, decoding included."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.in_use = 0
-
-    def reserve(self) -> "Reservation":
-        """An empty share of the budget: enter it with ``with``, which gives everything back at the end."""
-        return Reservation(self)
-
-
-class Reservation:
-    """One request's share of a :class:`ByteBudget`, from its first byte until its fields are built."""
-
-    def __init__(self, budget: ByteBudget) -> None:
-        self._budget = budget
-        self._held = 0
-
-    def hold(self, body_bytes: int) -> None:
-        """Grow the share to what a body of ``body_bytes`` needs; it never shrinks before its end.
-
-        Raises:
-            TooManyBytesInFlight: the others hold too much now.
-            RequestTooLarge: this body would not fit if it were alone.
-        """
-        needed = body_bytes * DECODE_FACTOR
-        if needed > self._budget.limit:
-            raise RequestTooLarge(
-                f"A body of {body_bytes} bytes needs {needed} bytes and IMG2IMG_MAX_BODY_BYTES_IN_FLIGHT is "
-                f"{self._budget.limit}: send a smaller picture"
-            )
-        more = max(0, needed - self._held)
-        if self._budget.in_use + more > self._budget.limit:
-            raise TooManyBytesInFlight("The server is busy reading other requests: send this one again soon")
-        self._budget.in_use += more
-        self._held += more
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._budget.in_use -= self._held
-        self._held = 0
-
-
 async def read_body(
     stream: AsyncIterable[bytes], limit: int, reservation: Reservation, content_length: int | None = None
 ) -> bytes:
     """Collect a body of at most ``limit`` bytes; a ``content_length`` is judged before the first chunk.
+
+    Only what has arrived is reserved: who announces much and sends little takes nothing from the others.
 
     Raises:
         RequestTooLarge: names the limit.
         TooManyBytesInFlight: the process holds too many other bodies.
     """
     _check_length(content_length or 0, limit)
-    reservation.hold(content_length or 0)
+    reservation.check(content_length or 0)
     # getvalue() hands its buffer over, so that 64 MB are not copied once more at the end.
     body = io.BytesIO()
     async for chunk in stream:

@@ -11,8 +11,9 @@ from litestar import Request
 from litestar.di import NamedDependency
 from litestar.exceptions import ClientException
 
+from gateway.budget import Budgets
 from gateway.drain import Drain
-from gateway.rest.bodies import ByteBudget, decode_json, read_body
+from gateway.rest.bodies import decode_json, read_body
 from gateway.rest.forms import decode_form, is_form
 from gateway.service import JobService
 from gateway.tenants import Tenants, bearer_from_headers
@@ -22,8 +23,8 @@ from img2img.settings import Settings
 MAX_KEY_LENGTH: Final = 255
 BODY_IDLE: Final = 30.0
 """Seconds without a byte of a body that was announced, after which it is given up."""
-SMALL_BODY: Final = 64 * 1024
-SMALL_BUDGET: Final = 32 * 1024 * 1024
+BODY_RATE: Final = 16 * 1024
+"""Bytes per second that a body must come with on average, once ``BODY_IDLE`` seconds have passed."""
 _WAIT: Final = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d+(?:\.\d+)?)")
 
 AnyRequest = Request[Any, Any, Any]
@@ -35,10 +36,8 @@ class Front(msgspec.Struct, frozen=True):
     service: JobService
     tenants: Tenants
     settings: Settings
-    budget: ByteBudget
+    budgets: Budgets
     drain: Drain
-    small_budget: ByteBudget = msgspec.field(default_factory=lambda: ByteBudget(SMALL_BUDGET))
-    """Bodies without a picture have a budget of their own: large ones that arrive slowly do not keep them out."""
 
     def authenticate(self, request: AnyRequest, account: str | None = None) -> str:
         """The account of the request's key; ``account`` is the one that its URL names.
@@ -60,16 +59,15 @@ class Front(msgspec.Struct, frozen=True):
 
         Raises:
             MissingBody, MalformedBody, RequestTooLarge, TooManyBytesInFlight, InvalidRequest
-            ClientClosed: the client went away in the middle of it, or fell silent.
+            ClientClosed: the client went away in the middle of it, or sends too slowly.
             Unavailable: the process ends before the body is complete.
         """
         bound = min(self.settings.max_json_body, self.settings.max_json_body if limit is None else limit)
         length = content_length(request)
-        budget = self.small_budget if length is not None and length <= SMALL_BODY else self.budget
-        with budget.reserve() as reservation:
+        with self.budgets.reserve(length) as reservation:
             try:
                 async with self.drain.bound():
-                    raw = await read_body(unless_silent(request.stream(), BODY_IDLE), bound, reservation, length)
+                    raw = await read_body(unless_slow(request.stream()), bound, reservation, length)
             except ClientException as exc:
                 raise ClientClosed("The client went away before its request was complete") from exc
             content_type = request.headers.get("content-type", "")
@@ -83,20 +81,27 @@ FrontDependency = NamedDependency[Front]
 """How a handler asks for the front, by the name ``front``."""
 
 
-async def unless_silent(stream: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-    """The chunks of ``stream``, as long as they keep coming.
+async def unless_slow(
+    stream: AsyncIterator[bytes], idle: float = BODY_IDLE, rate: float = BODY_RATE
+) -> AsyncIterator[bytes]:
+    """The chunks of ``stream``, as long as they keep coming: any within ``idle`` seconds, and ``rate`` after those.
 
     Raises:
-        ClientClosed: the next one took longer than ``seconds``.
+        ClientClosed: the next one took too long.
     """
+    now = asyncio.get_running_loop().time
+    began, arrived = now(), 0
     while True:
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout_at(min(now(), began + arrived / rate) + idle):
                 chunk = await anext(stream)
         except StopAsyncIteration:
             return
         except TimeoutError as exc:
-            raise ClientClosed(f"Nothing of the body came for {seconds:g} s: send the request again") from exc
+            raise ClientClosed(
+                f"The body came too slowly, {arrived} bytes in {now() - began:.0f} s: send the request again"
+            ) from exc
+        arrived += len(chunk)
         yield chunk
 
 

@@ -10,6 +10,7 @@ import grpc.aio
 import structlog
 from google.protobuf.message import DecodeError
 
+from gateway.budget import Budgets, Reservation
 from gateway.rpc.errors import abort, to_status
 from gateway.rpc.tracing import server_span
 from gateway.tenants import Tenants
@@ -24,6 +25,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 caller: Final[ContextVar[str]] = ContextVar("caller")
 """The account that the current call belongs to; each call runs in a task, and so in a context, of its own."""
+share: Final[ContextVar[Reservation]] = ContextVar("share")
+"""What the current call's message holds of the budget; a method that has let go of its request may release it."""
 
 log = structlog.get_logger(__name__)
 
@@ -32,11 +35,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of our service; health and reflection need no key and leave no span.
 
     Methods that stream write to their context and return, so that unary and streaming ones look alike here
-    and everything they opened is closed in their own task when the caller goes away.
+    and everything they opened is closed in their own task when the caller goes away. To gRPC every request is
+    a stream, of one message: it would hold a message that it reads by itself until the call's end.
     """
 
-    def __init__(self, tenants: Tenants) -> None:
+    def __init__(self, tenants: Tenants, budgets: Budgets) -> None:
         self._tenants = tenants
+        self._budgets = budgets
         self._calls: set[asyncio.Task[Any]] = set()
 
     async def finish(self) -> None:
@@ -56,21 +61,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not method.startswith(f"/{SERVICE}/"):
             return handler
 
-        async def call(raw: bytes, context: Context) -> Any:
+        async def call(_: object, context: Context) -> Any:
             self._track()
             with server_span(method, context):
-                return await self._answer(method, handler, raw, context)
+                return await self._answer(method, handler, context)
 
         # No deserializer, so that a broken message is an error like any other.
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(call, None, handler.response_serializer)
-        return grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(call, None, handler.response_serializer)
 
-    async def _answer(self, method: str, handler: Handler, raw: bytes, context: Context) -> Any:
+    async def _answer(self, method: str, handler: Handler, context: Context) -> Any:
         behavior: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
         try:
             caller.set(self._authenticate(context))
-            return await behavior(_decode(handler, raw), context)
+            raw = await context.read()
+            size = len(raw) if isinstance(raw, bytes) else 0
+            with self._budgets.reserve(size) as held:
+                held.hold(size)
+                share.set(held)
+                request = [_decode(handler, raw)]
+                del raw
+                return await behavior(request.pop(), context)
         except grpc.aio.AbortError:
             raise
         except grpc.aio.InternalError as exc:
@@ -93,7 +105,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._tenants.authenticate(given if isinstance(given, str) else None)
 
 
-def _decode(handler: Handler, raw: bytes) -> Any:
+def _decode(handler: Handler, raw: object) -> Any:
+    if not isinstance(raw, bytes):
+        raise MalformedBody("The call has no message: send one")
     try:
         return handler.request_deserializer(raw)  # type: ignore[misc]
     except DecodeError as exc:

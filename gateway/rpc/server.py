@@ -11,6 +11,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from gateway.budget import Budgets
 from gateway.drain import Drain
 from gateway.rpc.health import HealthServicer
 from gateway.rpc.interceptor import SERVICE, CallInterceptor
@@ -51,14 +52,14 @@ class RpcServer:
 
 @asynccontextmanager
 async def open_server(
-    service: JobService, tenants: Tenants, settings: Settings, drain: Drain
+    service: JobService, tenants: Tenants, settings: Settings, budgets: Budgets, drain: Drain
 ) -> AsyncIterator[RpcServer]:
     """Serve on ``settings.grpc_port`` (0 for any); on leaving, calls get ``settings.drain_timeout`` to end.
 
     Raises:
         ConfigurationError: the port cannot be had, or the certificate and its key are of no use.
     """
-    health_servicer, interceptor = HealthServicer(), CallInterceptor(tenants)
+    health_servicer, interceptor = HealthServicer(), CallInterceptor(tenants, budgets)
     server = grpc.aio.server(interceptors=[interceptor], options=_options(settings))
     add_Img2ImgServiceServicer_to_server(Img2ImgServicer(service, settings, drain), server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

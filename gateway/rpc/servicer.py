@@ -10,7 +10,7 @@ import grpc.aio
 
 from gateway.drain import Drain
 from gateway.rpc.errors import abort, to_status
-from gateway.rpc.interceptor import caller
+from gateway.rpc.interceptor import caller, share
 from gateway.rpc.messages import (
     STATE_NUMBERS,
     event_message,
@@ -51,7 +51,9 @@ class Img2ImgServicer(Img2ImgServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         left: float | None = context.time_remaining()
-        job_id, outcome = await self._attend(_order(request, left), context)
+        order = [_order(request, left)]
+        del request
+        job_id, outcome = await self._attend(order.pop(), context)
         if outcome.result is None:
             failure = outcome.error or Failure("internal", f"The job {outcome.state} without saying why")
             await abort(context, to_status(error_of(failure.code, failure.message), job_id=job_id))
@@ -132,6 +134,7 @@ class Img2ImgServicer(Img2ImgServiceServicer):
     async def _wait(self, order: Order, timeout: float) -> tuple[str, Outcome]:
         async with self._service.attend(order, grace=0) as attendance:
             del order  # the wait may be long, and the picture is stored
+            share.get().release()
             async with self._drain.bound(attendance.job_id):
                 return attendance.job_id, await attendance.outcome(timeout)
 

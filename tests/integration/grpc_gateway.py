@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from gateway.budget import Budgets
 from gateway.drain import Drain
 from gateway.rpc.server import RpcServer, open_server
 from gateway.service import JobService
@@ -39,6 +40,7 @@ class Gateway(msgspec.Struct, frozen=True):
     parts: Parts
     service: JobService
     rpc: RpcServer
+    budgets: Budgets
     drain: Drain
     channel: grpc.aio.Channel
     stub: Any
@@ -69,14 +71,15 @@ async def open_gateway(
         parts = await stack.enter_async_context(open_parts(settings))
         hub = await stack.enter_async_context(EventHub(parts.queue))
         service = make_service(parts, hub)
-        drain = Drain(parts.queue, settings)
-        rpc = await stack.enter_async_context(open_server(service, tenants or Tenants.open_local(), settings, drain))
+        tenants = tenants or Tenants.open_local()
+        budgets, drain = Budgets(settings.max_body_bytes_in_flight), Drain(parts.queue, settings)
+        rpc = await stack.enter_async_context(open_server(service, tenants, settings, budgets, drain))
         rpc.set_serving(True)
         await stack.enter_async_context(_upkeep(parts))
         if worker:
             await stack.enter_async_context(_worker(parts))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{rpc.port}"))
-        yield Gateway(parts, service, rpc, drain, channel, Img2ImgServiceStub(channel))
+        yield Gateway(parts, service, rpc, budgets, drain, channel, Img2ImgServiceStub(channel))
 
 
 async def events_of(stub: Any, job_id: str, after: int = 0) -> list[pb.WatchJobResponse]:

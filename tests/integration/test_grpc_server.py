@@ -154,6 +154,31 @@ async def test_calls_in_flight_are_finished(valkey_url: str) -> None:
         assert response.job.state == pb.JOB_STATE_SUCCEEDED
 
 
+async def test_messages_share_one_budget_with_http_bodies(gateway: Gateway) -> None:
+    """A large message is refused while others hold the budget; what a call has submitted is given back."""
+    large = pb.Img2ImgRequest(prompt="x", negative_prompt="x" * 100_000)
+    with gateway.budgets.reserve(None) as other:
+        other.hold(gateway.budgets.large.limit // 2 - 100_000)
+        refused = await refusal_of(gateway.stub.CreateJob(pb.CreateJobRequest(request=large)))
+        assert (refused.code, refused.reason) == (StatusCode.RESOURCE_EXHAUSTED, "too_many_bytes_in_flight")
+        call = gateway.stub.Generate(pb.GenerateRequest(request=pb.Img2ImgRequest(prompt=FOREVER)))
+        await only_job(gateway.stub)
+    assert (await refusal_of(gateway.stub.CreateJob(pb.CreateJobRequest(request=large)))).reason == "invalid_request"
+    assert gateway.budgets.large.in_use == 0
+    while gateway.budgets.small.in_use:
+        await gateway.stub.ListJobs(pb.ListJobsRequest())
+    assert not call.done()
+    call.cancel()
+
+
+async def test_a_call_without_a_message(gateway: Gateway) -> None:
+    """A client that closes its side at once is told what is missing."""
+    call = gateway.channel.stream_unary(f"/{SERVICE}/GetJob")()
+    await call.done_writing()
+    refused = await refusal_of(call)
+    assert (refused.code, refused.reason) == (StatusCode.INVALID_ARGUMENT, "malformed_body")
+
+
 async def test_reflection_lists_the_service(shared: Gateway) -> None:
     """Tools find the service and its messages, without a key."""
     stub = reflection_pb2_grpc.ServerReflectionStub(shared.channel)

@@ -9,12 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 from PIL import Image
 
-from gateway.rest.context import unless_silent
+from gateway.rest.context import unless_slow
 from img2img.errors import ClientClosed
+from img2img.v1 import img2img_pb2 as pb
+from img2img.v1.img2img_pb2_grpc import Img2ImgServiceStub
 from tests.calls import encoded, is_picture, jobs_of, model_error, opened, picture, problem, run_path
 from tests.parity_cases import animation, huge_header, turned
 from tests.stack import Gateway, Stack, eventually
@@ -48,8 +51,16 @@ def unharmed(gateway: Gateway, client: httpx.Client) -> Iterator[None]:
 
 def peak_megabytes(pid: int) -> int:
     """The most memory that the process ever had resident."""
+    return _megabytes(pid, "VmHWM:")
+
+
+def resident_megabytes(pid: int) -> int:
+    return _megabytes(pid, "VmRSS:")
+
+
+def _megabytes(pid: int, name: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) // 1024
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) // 1024
 
 
 # Bodies
@@ -137,23 +148,17 @@ def test_eight_large_bodies_at_once(gateway: Gateway, client: httpx.Client) -> N
 
 
 def test_bodies_that_never_come_leave_room_for_others(gateway: Gateway, client: httpx.Client) -> None:
-    """Announced bodies fill the budget for large ones: those get 429 then, prompts go on as before."""
+    """What is announced and not sent takes nothing from the budget, however many announce the most."""
     large = {"prompt": "x", "image_b64": "A" * 1_000_000}
     with ExitStack() as announced:
-
-        def announce(size: int) -> None:
+        for _ in range(4):
             connection = announced.enter_context(socket.create_connection(address(gateway), timeout=30))
-            connection.sendall(HEAD + f"Content-Length: {size}\r\n\r\n".encode() + b'{"prompt":')
-
-        def is_full() -> bool:
-            announce(1_000_000)
-            return client.post("/v1/jobs", json=large).status_code == 429
-
-        announce(60_000_000)
-        announce(60_000_000)
-        eventually(is_full, "the budget is used up")
+            connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 67108864\r\n\r\n")
+            # The answer comes once the route asks for the body.
+            assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+            connection.sendall(b'{"prompt":')
+        assert client.post("/v1/jobs", json=large).json()["code"] == "invalid_image"
         assert client.post("/v1/jobs", json={"prompt": "x"}).status_code == 202
-    eventually(lambda: client.post("/v1/jobs", json=large).status_code == 400, "the budget is free again")
 
 
 async def test_a_silent_sender_is_given_up() -> None:
@@ -163,10 +168,50 @@ async def test_a_silent_sender_is_given_up() -> None:
         yield b"{"
         await asyncio.Event().wait()
 
-    chunks = unless_silent(silent(), 0.01)
+    chunks = unless_slow(silent(), idle=0.01)
     assert await anext(chunks) == b"{"
     with pytest.raises(ClientClosed, match="send the request again"):
         await anext(chunks)
+
+
+async def test_a_sender_of_single_bytes_is_given_up() -> None:
+    """Coming always just before the silence would be too long does not help, and a good rate does."""
+
+    async def trickle(size: int) -> AsyncIterator[bytes]:
+        for _ in range(100):
+            await asyncio.sleep(0.005)
+            yield b"x" * size
+
+    with pytest.raises(ClientClosed, match="too slowly"):
+        _ = [chunk async for chunk in unless_slow(trickle(1), idle=0.1, rate=10_000)]
+    assert len([chunk async for chunk in unless_slow(trickle(1000), idle=0.1, rate=10_000)]) == 100
+
+
+# gRPC
+
+
+def test_waiting_calls_hold_no_picture(stack: Stack) -> None:
+    """Thirty calls of 6 MB each take little more memory than one, and none of the budget."""
+    gateway = stack.gateway(queue="nobody")
+    data = encoded(Image.frombytes("RGB", (1400, 1400), os.urandom(1400 * 1400 * 3)), compress_level=0)
+    request = pb.GenerateRequest(request=pb.Img2ImgRequest(prompt="x", image=data))
+    with gateway.client() as client, grpc.insecure_channel(gateway.grpc) as channel:
+        stub = Img2ImgServiceStub(channel)
+        calls: list[Any] = []
+
+        def wait_in_one_more_call() -> None:
+            calls.append(stub.Generate.future(request, timeout=120))
+            eventually(lambda: client.get("/v1/queue").json()["queued"] == len(calls), "the job is there")
+
+        for _ in range(5):
+            wait_in_one_more_call()
+        before = resident_megabytes(gateway.pid)
+        for _ in range(25):
+            wait_in_one_more_call()
+        eventually(lambda: resident_megabytes(gateway.pid) < before + 60, "the memory of 25 pictures is free")
+        assert not any(call.done() for call in calls)
+        for call in calls:
+            call.cancel()
 
 
 # Pictures

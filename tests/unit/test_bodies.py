@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.rest.bodies import DECODE_FACTOR, MAX_REST_BYTES, SLICE_BYTES, ByteBudget, decode_json, read_body
+from gateway.budget import DECODE_FACTOR, ByteBudget
+from gateway.rest.bodies import MAX_REST_BYTES, SLICE_BYTES, decode_json, read_body
 from img2img.errors import (
     Img2ImgError,
     InvalidImage,
@@ -350,12 +351,14 @@ class TestReading:
             assert budget.in_use == 20 * DECODE_FACTOR
         assert budget.in_use == 0
 
-    async def test_a_declared_length_is_reserved_at_once_and_not_twice(self) -> None:
+    async def test_only_what_has_arrived_of_a_declared_length_is_reserved(self) -> None:
         budget = ByteBudget(100)
 
         async def body() -> AsyncIterator[bytes]:
-            assert budget.in_use == 20 * DECODE_FACTOR
-            yield b"a" * 20
+            assert budget.in_use == 0
+            yield b"a" * 5
+            assert budget.in_use == 5 * DECODE_FACTOR
+            yield b"a" * 15
 
         with budget.reserve() as share:
             await read_body(body(), 50, share, content_length=20)
@@ -372,6 +375,13 @@ class TestReading:
         with budget.reserve() as again:
             assert len(await read_body(chunks(b"b" * 30), 50, again)) == 30
         assert budget.in_use == 0
+
+    async def test_a_declared_length_that_cannot_be_held_now_is_refused_before_anything_is_read(self) -> None:
+        budget = ByteBudget(100)
+        with budget.reserve() as first, budget.reserve() as second:
+            await read_body(chunks(b"a" * 30), 50, first)
+            with pytest.raises(TooManyBytesInFlight):
+                await read_body(chunks(), 50, second, content_length=30)
 
     async def test_a_body_that_never_fits_is_too_large_and_not_worth_a_retry(self) -> None:
         with ByteBudget(100).reserve() as share, pytest.raises(RequestTooLarge, match="IN_FLIGHT"):
