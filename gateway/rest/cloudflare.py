@@ -4,9 +4,7 @@ A synchronous call waits for its picture. One that cannot be answered in time ge
 is gone; in both cases the job lives on for a grace period in which the SDK's retry of the same body joins it.
 """
 
-import asyncio
 import re
-from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Final
 
@@ -16,6 +14,7 @@ from litestar.params import FromPath, FromQuery, QueryParameter
 
 from gateway.rest import batch, catalog
 from gateway.rest.context import AnyRequest, FrontDependency, idempotency_key
+from gateway.rest.disconnect import unless_gone
 from gateway.rest.envelope import (
     REQUEST_ID,
     new_request_id,
@@ -27,8 +26,7 @@ from gateway.rest.envelope import (
 from gateway.rest.native import picture_response
 from gateway.rest.openapi import RunModelOperation, envelopes
 from gateway.service import Order
-from img2img.errors import ClientClosed, Img2ImgError, ModelNameInvalid, ModelNotFound, error_of
-from img2img.jobs import Outcome
+from img2img.errors import Img2ImgError, ModelNameInvalid, ModelNotFound, error_of
 
 RETRY_HEADER: Final = "x-stainless-retry-count"
 MODEL_NAME: Final = re.compile(r"@[a-z]+/[\w.-]+/[\w.-]+")
@@ -72,7 +70,7 @@ class CloudflareController(Controller):
                 order = _order(request, account, body)
                 attendance = await stack.enter_async_context(front.service.attend(order, front.settings.retry_grace))
                 del body, order  # the wait may be long, and the picture is stored
-            outcome = await _unless_gone(request, attendance.outcome(front.settings.sync_timeout))
+            outcome = await unless_gone(request, attendance.outcome(front.settings.sync_timeout))
         if outcome.error is not None:
             raise error_of(outcome.error.code, outcome.error.message)
         picture = await front.service.picture(attendance.job_id, outcome)
@@ -139,30 +137,6 @@ def _order(request: AnyRequest, account: str, body: object) -> Order:
         idempotency_key=idempotency_key(request),
         retry=tries.isdecimal() and tries.strip("0") != "",
     )
-
-
-async def _unless_gone(request: AnyRequest, waiting: Coroutine[Any, Any, Outcome]) -> Outcome:
-    """Wait for the job, but no longer than for the client.
-
-    Raises:
-        ClientClosed: the client went away; the job lives on for the grace period.
-    """
-    work = asyncio.create_task(waiting, name="outcome")
-    gone = asyncio.create_task(_disconnected(request), name="disconnect")
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientClosed("The client went away before the picture was done")
-        return work.result()
-    finally:
-        for task in (work, gone):
-            task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
-
-
-async def _disconnected(request: AnyRequest) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _page(found: list[dict[str, Any]], page: int, per_page: int) -> Response[bytes]:

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any, Final
 
 import msgspec
+import structlog
 from litestar import Controller, Response, get, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromQuery, PathParameter, QueryParameter
@@ -14,11 +15,12 @@ from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 
 from gateway.rest.context import AnyRequest, Front, FrontDependency, idempotency_key, preferred_wait
+from gateway.rest.disconnect import unless_gone
 from gateway.rest.openapi import CreateJobOperation, ImageOperation, WatchOperation, problems
 from gateway.rest.problems import on_img2img_error, on_unexpected
 from gateway.rest.views import JobList, JobView, event_view, job_view
 from gateway.service import Order, Picture
-from img2img.errors import Img2ImgError, InvalidRequest
+from img2img.errors import Img2ImgError, InvalidRequest, JobNotFound, Unavailable
 from img2img.jobs import JobState
 from img2img.queue import QueueStats
 
@@ -28,6 +30,7 @@ CLOUDFLARE_BUSY: Final = "rejectIfBusy"
 MAX_EVENT: Final = 2**63 - 1
 """The server's streams count no further; asking beyond it would be an error of its own."""
 EVENT_DIGITS: Final = 19
+log = structlog.get_logger(__name__)
 _CURSOR: Final = re.compile(r"\d+-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 Wait = Annotated[float, QueryParameter(ge=0, description="Wait up to this many seconds for the job to end.")]
@@ -72,7 +75,7 @@ class JobsController(Controller):
             )
             submitted = await front.service.create(order)
         wait = preferred_wait(request)
-        job = await front.service.get(account, submitted.id, wait)
+        job = await unless_gone(request, front.service.get(account, submitted.id, wait))
         headers = {"location": f"/v1/jobs/{job.id}", JOB_HEADER: job.id}
         if wait:
             headers["preference-applied"] = f"wait={min(wait, front.settings.max_wait):g}"
@@ -100,7 +103,7 @@ class JobsController(Controller):
     async def get_job(self, request: AnyRequest, front: FrontDependency, job_id: JobId, wait: Wait = 0.0) -> JobView:
         """Show a job; with `wait`, as soon as it has ended, or as it stands after that many seconds."""
         account = front.authenticate(request)
-        return job_view(await front.service.get(account, job_id, wait))
+        return job_view(await unless_gone(request, front.service.get(account, job_id, wait)))
 
     @get(
         "/jobs/{job_id:str}/events",
@@ -148,12 +151,16 @@ class JobsController(Controller):
 
 
 async def _messages(front: Front, account: str, job_id: str, after: int) -> AsyncIterator[ServerSentEventMessage]:
-    async for events in front.service.watch(account, job_id, after):
-        if not events:
-            yield ServerSentEventMessage(data=None, comment="keep-alive")
-        for event in events:
-            data = msgspec.json.encode(event_view(event)).decode()
-            yield ServerSentEventMessage(data=data, event=event.type, id=event.seq)
+    """The stream's messages. Once it has begun an error can only end it: the client connects again and is told."""
+    try:
+        async for events in front.service.watch(account, job_id, after):
+            if not events:
+                yield ServerSentEventMessage(data=None, comment="keep-alive")
+            for event in events:
+                data = msgspec.json.encode(event_view(event)).decode()
+                yield ServerSentEventMessage(data=data, event=event.type, id=event.seq)
+    except (Unavailable, JobNotFound) as exc:
+        log.info("event_stream_ends_early", job=job_id, code=exc.code)
 
 
 def _options(body: object) -> object:

@@ -1,16 +1,18 @@
 """The native API around jobs: event streams, cancels, accounts, and what operators read."""
 
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+import redis
 
 from tests.calls import bearer, blocked, jobs_of, problem, write_tenants
 from tests.stack import Gateway, Stack, eventually, state_of, submit
 
-ACCOUNTS = [f"account{number}" for number in range(40)]
+ACCOUNTS = [f"account{number}" for number in range(50)]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,12 @@ def blocker(gateway: Gateway) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture
+def server(valkey_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(valkey_url) as server:
+        yield server
+
+
 def events(
     client: httpx.Client, job_id: str, *, until: str = "", headers: dict[str, str] | None = None, query: str = ""
 ) -> list[dict[str, Any]]:
@@ -66,6 +74,11 @@ def events(
                     break
             message = {}
     return found
+
+
+def bells(server: redis.Redis, job_id: str) -> list[Any]:
+    """The channel on which a gateway hears of the job, if one does."""
+    return list(server.pubsub_channels(f"*{job_id}*"))
 
 
 def numbers(found: list[dict[str, Any]]) -> list[int]:
@@ -126,6 +139,44 @@ def test_a_failed_attempt_shows_in_the_events(client: httpx.Client) -> None:
     assert marks == [("queued", None), ("running", 1), ("queued", None), ("running", 2), ("succeeded", None)]
     reasons = [event["error"]["code"] for event in found if "error" in event]
     assert reasons == ["engine_failed"]
+
+
+def test_a_stream_ends_with_its_jobs_record(client: httpx.Client, gateway: Gateway, server: redis.Redis) -> None:
+    """The status is long sent: the stream just ends, and who connects again is told why."""
+    job_id = submit(client, prompt="fake:step=60")["id"]
+    with client.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "id: 1"
+        [bell] = eventually(lambda: bells(server, job_id), "the stream follows the job")
+        client.post(f"/v1/jobs/{job_id}/cancel")
+        server.delete(*server.keys(f"*:events:{job_id}"), *server.keys(f"*}}:job:{job_id}"))
+        server.publish(bell, "")
+        for _ in lines:
+            pass
+    problem(client.get(f"/v1/jobs/{job_id}/events"), 404, "job_not_found")
+    assert [entry for entry in gateway.entries() if entry.get("level") == "error"] == []
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_nobody_waits_for_who_has_left(
+    client: httpx.Client, gateway: Gateway, blocker: httpx.Client, server: redis.Redis, method: str
+) -> None:
+    """A long-poll whose caller hangs up is given up at once, and its bell taken down."""
+    with blocked(blocker):
+        before = jobs_of(client)
+        if method == "GET":
+            path = f"/v1/jobs/{submit(client, prompt='x')['id']}?wait=60"
+            request, body = f"GET {path} HTTP/1.1", ""
+        else:
+            body = json.dumps({"prompt": "x"})
+            request = f"POST /v1/jobs HTTP/1.1\r\nPrefer: wait=60\r\nContent-Length: {len(body)}"
+        address = httpx.URL(gateway.http)
+        with socket.create_connection((address.host, address.port or 80)) as caller:
+            key = client.headers["authorization"]
+            caller.sendall(f"{request}\r\nHost: x\r\nAuthorization: {key}\r\n\r\n{body}".encode())
+            [job] = eventually(lambda: [job for job in jobs_of(client) if job not in before], "the job is there")
+            eventually(lambda: bells(server, job["id"]), "the caller waits")
+        eventually(lambda: not bells(server, job["id"]), "nobody waits any more", 5)
 
 
 @pytest.mark.parametrize("value", ["x", "-1", "1.0", "²", str(2**63), "9" * 5000])
