@@ -1,11 +1,16 @@
 """Cloudflare's batch form: submit ``{"requests": […]}`` with ``?queueRequest=true``, poll with its id."""
 
 import base64
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
+
+import msgspec
+from litestar import Response
+from litestar.response import Stream
 
 from gateway.rest import catalog
 from gateway.rest.context import Front
-from gateway.rest.envelope import error_message
+from gateway.rest.envelope import REQUEST_ID, error_message, success
 from gateway.service import Order
 from img2img.errors import Img2ImgError, InvalidRequest, RequestTooLarge, error_of
 from img2img.jobs import Job, JobState
@@ -38,7 +43,7 @@ async def submit(front: Front, account: str, body: object) -> dict[str, Any]:
     return {"status": "queued", "request_id": batch_id, "model": catalog.MODEL}
 
 
-async def poll(front: Front, account: str, body: Any, request_id: str) -> dict[str, Any]:
+async def poll(front: Front, account: str, body: Any, request_id: str) -> Response[Any]:
     """The batch's state; with every picture and error once all its jobs have ended.
 
     Raises:
@@ -48,12 +53,22 @@ async def poll(front: Front, account: str, body: Any, request_id: str) -> dict[s
     jobs, references = await front.service.get_batch(account, batch_id)
     if not all(job.is_terminal for job in jobs):
         started = any(job.state != JobState.QUEUED for job in jobs)
-        return {"status": "running" if started else "queued", "request_id": batch_id, "model": catalog.MODEL}
-    responses = [
-        await _response(front, index, job, reference, request_id)
-        for index, (job, reference) in enumerate(zip(jobs, references, strict=True))
-    ]
-    return {"responses": responses, "usage": {}}
+        state = {"status": "running" if started else "queued", "request_id": batch_id, "model": catalog.MODEL}
+        return success(state, request_id)
+    pieces = _pieces(front, jobs, references, request_id)
+    # As a header: a Litestar stream takes the route's media type before its own.
+    return Stream(pieces, headers={REQUEST_ID: request_id, "content-type": "application/json"})
+
+
+async def _pieces(
+    front: Front, jobs: Sequence[Job], references: Sequence[object], request_id: str
+) -> AsyncIterator[bytes]:
+    """The envelope in pieces: a hundred pictures are never in memory together."""
+    yield b'{"result":{"responses":['
+    for index, (job, reference) in enumerate(zip(jobs, references, strict=True)):
+        response = msgspec.json.encode(await _response(front, index, job, reference, request_id))
+        yield b"," + response if index else response
+    yield b'],"usage":{}},"success":true,"errors":[],"messages":[]}'
 
 
 async def _response(front: Front, index: int, job: Job, reference: Any, request_id: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class CloudflareController(Controller):
         async with AsyncExitStack() as stack:
             async with front.body(request, limit=batch.MAX_BYTES if is_batch else None) as body:
                 if batch.is_poll(body):
-                    return success(await batch.poll(front, account, body, request_id), request_id)
+                    return await batch.poll(front, account, body, request_id)
                 if is_batch:
                     return success(await batch.submit(front, account, body), request_id)
                 order = _order(request, account, body)

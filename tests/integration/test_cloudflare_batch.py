@@ -1,6 +1,7 @@
 """Cloudflare's batch form: many requests in one submission, polled until all of them have ended."""
 
 import base64
+import json
 from collections.abc import Iterator
 from typing import Any
 from uuid import UUID, uuid4
@@ -122,6 +123,33 @@ def test_responses_come_in_the_order_of_the_requests(client: httpx.Client, accou
     assert all(data.startswith(PNG_MAGIC) for data in pictures)
     assert [opened(data).size[0] for data in pictures] == [256, 264, 272]
     assert all(set(item) == {"id", "result", "success", "external_reference"} for item in items)
+
+
+def test_a_finished_batch_comes_in_pieces(client: httpx.Client, account: str) -> None:
+    """However many pictures it has, they are sent one by one, and make one JSON envelope."""
+    request_id = batch_id(submit_batch(client, account, [{"prompt": "x"}] * 3))
+    assert len(responses(client, account, request_id)) == 3
+    with client.stream("POST", run_path(account), json={"request_id": request_id}) as answer:
+        assert answer.headers["transfer-encoding"] == "chunked"
+        assert answer.headers["content-type"] == "application/json"
+        body = json.loads(answer.read())
+    assert list(body) == ["result", "success", "errors", "messages"]
+    assert body["result"]["usage"] == {}
+
+
+def test_a_batchs_jobs_are_counted_and_logged(gateway: Gateway, client: httpx.Client, account: str) -> None:
+    """Operators see them as they see every other job."""
+
+    def counted() -> float:
+        lines = client.get("/metrics").text.splitlines()
+        name = 'img2img_jobs_submitted_total{front_end="cloudflare-batch"}'
+        return sum(float(line.split()[1]) for line in lines if line.startswith(name))
+
+    before = counted()
+    submit_batch(client, account, [{"prompt": "a"}, {"prompt": "b"}])
+    assert counted() == before + 2
+    logged = {entry["job"] for entry in gateway.entries() if entry.get("event") == "job_created"}
+    assert {job["id"] for job in jobs_of(client)} <= logged
 
 
 def test_references_come_back(client: httpx.Client, account: str) -> None:
