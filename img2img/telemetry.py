@@ -20,6 +20,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, SpanKind
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import Counter, Histogram
 
 from img2img.jobs import JobSpec, Stage
@@ -34,11 +35,14 @@ STAGE_SECONDS = Histogram("img2img_job_stage_seconds", "Time per stage of a job"
 MODEL_LOAD_SECONDS = Histogram("img2img_model_load_seconds", "Time to open the engine", buckets=SECONDS)
 
 tracer = trace.get_tracer("img2img")
+propagator: Final = TraceContextTextMapPropagator()
+"""Trace context and nothing else: what else callers send, such as ``baggage``, would be kept in every job."""
 
 
 @contextmanager
 def tracing(service: str) -> Iterator[None]:
     """Export spans over OTLP while the process runs, where an endpoint is set (OTEL_* variables apply)."""
+    propagate.set_global_textmap(propagator)
     if not any(os.environ.get(variable) for variable in OTLP_VARIABLES):
         yield
         return
@@ -100,14 +104,14 @@ def send_span(queue: str, job_id: str) -> Iterator[dict[str, str]]:
     attributes = _messaging(queue, job_id, "send")
     with tracer.start_as_current_span(f"send {queue}", kind=SpanKind.PRODUCER, attributes=attributes):
         carrier: dict[str, str] = {}
-        propagate.inject(carrier)
+        propagator.inject(carrier)
         yield carrier
 
 
 @contextmanager
 def process_span(queue: str, spec: JobSpec, attempt: int) -> Iterator[Span]:
     """An attempt's span: the first is a child of the producer and linked to it, later ones only linked."""
-    parent = propagate.extract(spec.trace)
+    parent = propagator.extract(spec.trace)
     origin = trace.get_current_span(parent).get_span_context()
     links = [Link(origin)] if origin.is_valid else []
     attributes: dict[str, str | int] = {**_messaging(queue, spec.id, "process"), "img2img.attempt": attempt}

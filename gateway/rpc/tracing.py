@@ -13,7 +13,6 @@ from urllib.parse import unquote
 import grpc
 import grpc.aio
 from grpc import StatusCode
-from opentelemetry import propagate
 from opentelemetry.trace import SpanKind
 from opentelemetry.trace import StatusCode as SpanStatus
 
@@ -39,7 +38,7 @@ def server_span(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Ite
     name = method.removeprefix("/")
     with telemetry.tracer.start_as_current_span(
         name,
-        context=propagate.extract(_carrier(context)),
+        context=telemetry.propagator.extract(_carrier(context)),
         kind=SpanKind.SERVER,
         attributes={"rpc.system.name": "grpc", "rpc.method": name, **_peer(context.peer())},
         record_exception=False,

@@ -283,6 +283,15 @@ async def test_every_call_is_a_span(shared: Gateway, spans: InMemorySpanExporter
     assert sent.parent.span_id == created.get_span_context().span_id
 
 
+async def test_a_job_keeps_the_trace_and_no_baggage(gateway: Gateway) -> None:
+    """What callers send beside the trace is neither stored nor handed to workers."""
+    metadata = (("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"), ("baggage", "user=secret"))
+    job = (await gateway.stub.CreateJob(new_job(), metadata=metadata)).job
+    stored = (await gateway.parts.queue.get(job.id, "local")).spec.trace
+    assert list(stored) == ["traceparent"]
+    assert stored["traceparent"].split("-")[1] == "a" * 32
+
+
 async def test_spans_tell_cancelled_and_late_calls_apart(gateway: Gateway, spans: InMemorySpanExporter) -> None:
     """A call that ran into its deadline is an error; one whose caller went away is not."""
     request = pb.GenerateRequest(request=pb.Img2ImgRequest(prompt=FOREVER))

@@ -1,6 +1,7 @@
 """Input that is broken, huge or malicious: a clear error or the right result, little memory, and no 5xx."""
 
 import asyncio
+import json
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+import redis
 from PIL import Image
 
 from gateway.rest.context import unless_slow
@@ -212,6 +214,16 @@ def test_waiting_calls_hold_no_picture(stack: Stack) -> None:
         assert not any(call.done() for call in calls)
         for call in calls:
             call.cancel()
+
+
+def test_a_job_keeps_no_baggage(client: httpx.Client, valkey_url: str) -> None:
+    """It comes from anybody, and would be stored with every job."""
+    headers = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "baggage": "user=secret"}
+    job_id = client.post("/v1/jobs", json={"prompt": "x"}, headers=headers).json()["id"]
+    with redis.Redis.from_url(valkey_url) as server:
+        (record,) = [key for key in server.keys(f"*{job_id}*") if server.type(key) == b"hash"]
+        spec = json.loads(server.hget(record, "spec"))
+    assert list(spec["trace"]) == ["traceparent"]
 
 
 # Pictures
