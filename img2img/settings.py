@@ -1,6 +1,5 @@
 """Every setting, read once from ``IMG2IMG_*`` variables. Times are seconds, sizes bytes, sides pixels."""
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +21,17 @@ POSITIVE: Final = (
     "max_image_bytes", "max_image_side", "max_job_age", "max_json_body", "max_prompt_bytes", "result_retention",
     "sync_timeout",
 )  # fmt: skip
+NOT_NEGATIVE: Final = (
+    "drain_timeout", "fake_step_seconds", "input_retention", "max_wait", "priority_seconds", "progress_interval",
+    "retry_delay", "retry_grace",
+)  # fmt: skip
+MAX_SECONDS: Final = 100 * 365 * 24 * 3600.0
+"""No time may be longer; clocks and timers go no further than some centuries."""
+CHOICES: Final = {
+    "engine": ("auto", "diffusion", "fake"),
+    "log_level": ("debug", "info", "warning", "error"),
+    "log_format": ("auto", "json", "console"),
+}
 CLIENT_VARIABLES: Final = frozenset({"IMG2IMG_SERVER", "IMG2IMG_KEY"})
 """Read by the client's commands, not by the service."""
 SERVICE_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)(_\w+)?$|_PORT(_\d+_(TCP|UDP)\w*)?$")
@@ -123,17 +133,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return settings
 
     def check(self) -> None:
-        """Refuse values that contradict each other.
+        """Refuse values that mean nothing, or contradict each other.
 
         Raises:
             ConfigurationError: says which and how to mend it.
         """
-        for name in POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigurationError(f"{PREFIX}{name.upper()} must be above 0")
-        for name in ("http_port", "grpc_port"):
-            if not 0 <= getattr(self, name) <= MAX_PORT:
-                raise ConfigurationError(f"{PREFIX}{name.upper()} must be a port, 0 to {MAX_PORT} (0: any free one)")
+        self._check_numbers()
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                given = getattr(self, name)
+                raise ConfigurationError(
+                    f"{PREFIX}{name.upper()} must be {', '.join(choices[:-1])} or {choices[-1]}, not {given!r}"
+                )
         if self.lease < 2 * self.beat:
             raise ConfigurationError("IMG2IMG_LEASE must be at least twice IMG2IMG_BEAT")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -145,8 +156,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 "IMG2IMG_MAX_BODY_BYTES_IN_FLIGHT must be at least twice IMG2IMG_MAX_JSON_BODY: a body counts twice, "
                 "as it comes in and decoded"
             )
-        if self.engine not in ("auto", "diffusion", "fake"):
-            raise ConfigurationError(f"IMG2IMG_ENGINE must be auto, diffusion or fake, not {self.engine!r}")
+
+    def _check_numbers(self) -> None:
+        for name in POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"{PREFIX}{name.upper()} must be above 0")
+        for name in NOT_NEGATIVE:
+            if not getattr(self, name) >= 0:
+                raise ConfigurationError(f"{PREFIX}{name.upper()} must be 0 or above")
+        for field in msgspec.structs.fields(self):
+            if field.type is float and getattr(self, field.name) > MAX_SECONDS:
+                raise ConfigurationError(f"{PREFIX}{field.name.upper()} must be at most {MAX_SECONDS:.0f} (100 years)")
+        for name in ("http_port", "grpc_port"):
+            if not 0 <= getattr(self, name) <= MAX_PORT:
+                raise ConfigurationError(f"{PREFIX}{name.upper()} must be a port, 0 to {MAX_PORT} (0: any free one)")
 
 
 def _decode(kind: type, value: object) -> object:

@@ -68,7 +68,15 @@ class TestRefusals:
             ({"tls_cert": "cert.pem"}, "IMG2IMG_TLS_CERT and IMG2IMG_TLS_KEY go together: set both or none"),
             ({"tls_key": "key.pem"}, "IMG2IMG_TLS_CERT and IMG2IMG_TLS_KEY go together: set both or none"),
             ({"job_retention": "60"}, "IMG2IMG_JOB_RETENTION must be at least IMG2IMG_RESULT_RETENTION"),
-            ({"engine": "magic"}, "IMG2IMG_ENGINE must be "),
+            ({"engine": "magic"}, "IMG2IMG_ENGINE must be auto, diffusion or fake, not 'magic'"),
+            ({"log_level": "verbose"}, "IMG2IMG_LOG_LEVEL must be debug, info, warning or error, not 'verbose'"),
+            ({"log_format": "xml"}, "IMG2IMG_LOG_FORMAT must be auto, json or console, not 'xml'"),
+            ({"drain_timeout": "inf"}, "IMG2IMG_DRAIN_TIMEOUT must be at most 3153600000 (100 years)"),
+            ({"drain_timeout": "-1"}, "IMG2IMG_DRAIN_TIMEOUT must be 0 or above"),
+            ({"retry_grace": "-20"}, "IMG2IMG_RETRY_GRACE must be 0 or above"),
+            ({"max_wait": "nan"}, "IMG2IMG_MAX_WAIT must be 0 or above"),
+            ({"result_retention": "1e300", "job_retention": "1e300"}, "IMG2IMG_RESULT_RETENTION must be at most"),
+            ("IMG2IMG_MAX_BODY_BYTES_IN_FLIGHT must be at least twice ",),
         ],
     )
     def test_a_wrong_setting_is_named_with_its_remedy(self, variables: dict[str, str], expected: str) -> None:
