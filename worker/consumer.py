@@ -206,6 +206,7 @@ class Consumer(Worker):
         if self.tasks:
             log.info("draining", jobs=len(self.tasks), seconds=self._settings.drain_timeout)
             await self._tell_no_slots()
+        if self.tasks:
             await asyncio.wait(self.tasks.values(), timeout=self._settings.drain_timeout)
         for stop in self._stops.values():
             stop.set(StopReason.SHUTDOWN)

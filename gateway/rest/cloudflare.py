@@ -70,7 +70,8 @@ class CloudflareController(Controller):
                 order = _order(request, account, body)
                 attendance = await stack.enter_async_context(front.service.attend(order, front.settings.retry_grace))
                 del body, order  # the wait may be long, and the picture is stored
-            outcome = await unless_gone(request, attendance.outcome(front.settings.sync_timeout))
+            async with front.drain.bound():
+                outcome = await unless_gone(request, attendance.outcome(front.settings.sync_timeout))
         if outcome.error is not None:
             raise error_of(outcome.error.code, outcome.error.message)
         picture = await front.service.picture(attendance.job_id, outcome)

@@ -62,7 +62,7 @@ class JobsController(Controller):
         seconds, or the RFC 3339 time, until which the job must be done.
         """
         account = front.authenticate(request)
-        key, deadline = idempotency_key(request), _deadline(request)
+        key, deadline = idempotency_key(request), _deadline(request, front.settings.max_job_age)
         async with front.body(request, forms=True) as body:
             options = _options(body)
             order = Order(
@@ -192,11 +192,11 @@ def picture_response(picture: Picture, headers: dict[str, str] | None = None) ->
     return Response(picture.data, media_type=picture.result.media_type, headers=base | (headers or {}))
 
 
-def _deadline(request: AnyRequest) -> float | None:
-    """The ``Deadline`` header in seconds from now.
+def _deadline(request: AnyRequest, limit: float) -> float | None:
+    """The ``Deadline`` header in seconds from now, at most ``limit``.
 
     Raises:
-        InvalidRequest: neither a number of seconds nor an RFC 3339 time, or in the past.
+        InvalidRequest: neither a number of seconds nor an RFC 3339 time, in the past, or too far away.
     """
     value = request.headers.get("deadline")
     if value is None:
@@ -208,6 +208,6 @@ def _deadline(request: AnyRequest) -> float | None:
             seconds = datetime.fromisoformat(value).timestamp() - time.time()
         except ValueError as exc:
             raise InvalidRequest("deadline", "'Deadline' must be seconds, or a time like 2030-01-31T12:00:00Z") from exc
-    if not 0 < seconds < float("inf"):
-        raise InvalidRequest("deadline", "'Deadline' must lie in the future")
+    if not 0 < seconds <= limit:
+        raise InvalidRequest("deadline", f"'Deadline' must lie in the future, and at most {limit:g} seconds away")
     return seconds
