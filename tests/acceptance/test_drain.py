@@ -59,16 +59,21 @@ def test_a_waiting_cloudflare_call_is_asked_to_come_again(stack: Stack) -> None:
     """503 in Cloudflare's envelope with ``Retry-After``, and the job is there for the retry."""
     leaving, staying = stack.gateway(drain_timeout="2"), stack.gateway()
     with leaving.client() as one, staying.client() as two, ThreadPoolExecutor() as pool:
-        waiting = pool.submit(one.post, run_path(), json={"prompt": "a dog fake:step=60"})
-        (job,) = eventually(lambda: jobs_of(two), "the job is there")
+        prompt = "a dog that waits fake:step=60"
+        waiting = pool.submit(one.post, run_path(), json={"prompt": prompt})
+
+        def mine() -> list[str]:
+            return [job["id"] for job in jobs_of(two) if job["parameters"]["prompt"] == prompt]
+
+        (job_id,) = eventually(mine, "the job is there")
         leaving.signal(signal.SIGTERM)
         answer = waiting.result()
         assert leaving.wait() == 0
         assert answer.status_code == 503
         assert "retry-after" in answer.headers
         assert answer.json()["success"] is False
-        assert state_of(two, job["id"]) == "queued"
-        two.post(f"/v1/jobs/{job['id']}/cancel")
+        assert state_of(two, job_id) == "queued"
+        two.post(f"/v1/jobs/{job_id}/cancel")
 
 
 def test_a_body_that_still_arrives_is_answered_before_the_limit(stack: Stack) -> None:
