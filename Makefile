@@ -51,7 +51,7 @@ proto: $(VENV)/.test ## Generate img2img/v1 from proto/
 		--grpc_python_out=$(PROTO_OUT) proto/img2img/v1/img2img.proto
 
 bench: $(VENV)/.test ## Run the benchmarks (BENCH=gateway for one, QUICK=1 for a short run)
-	@for name in $(or $(BENCH),ingest gateway); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
+	@for name in $(or $(BENCH),gateway); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
 
 lock: ## Resolve the dependencies anew into requirements.lock
 	@rm -rf $(VENV)/lock && $(PYTHON) -m venv $(VENV)/lock
