@@ -25,7 +25,8 @@ BODY_IDLE: Final = 30.0
 """Seconds without a byte of a body that was announced, after which it is given up."""
 BODY_RATE: Final = 16 * 1024
 """Bytes per second that a body must come with on average, once ``BODY_IDLE`` seconds have passed."""
-_WAIT: Final = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d+(?:\.\d+)?)")
+_QUOTED: Final = re.compile(r'"[^"]*"')
+_WAIT: Final = re.compile(r"(?:^|,)\s*wait\s*=\s*(\d+(?:\.\d+)?)\s*(?:$|[,;])", re.IGNORECASE)
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -124,5 +125,5 @@ def idempotency_key(request: AnyRequest) -> str | None:
 
 def preferred_wait(request: AnyRequest) -> float:
     """Seconds of ``Prefer: wait=N`` (RFC 7240); 0 without it."""
-    found = _WAIT.search(request.headers.get("prefer", ""))
+    found = _WAIT.search(_QUOTED.sub('""', request.headers.get("prefer", "")))
     return float(found[1]) if found else 0.0

@@ -127,7 +127,10 @@ def test_a_caller_may_prefer_to_wait(client: httpx.Client, blocker: httpx.Client
 
 def test_waiting_is_bounded(client: httpx.Client) -> None:
     """The service says how long it will really wait at most."""
-    answer = client.post("/v1/jobs", json={"prompt": "x"}, headers={"prefer": "wait=100000"})
+    for not_asked in ('foo="a, wait=9"', "wait", "wait=soon", "nowait=9", 'wait="9"'):
+        answer = client.post("/v1/jobs", json={"prompt": "x"}, headers={"prefer": not_asked})
+        assert "preference-applied" not in answer.headers
+    answer = client.post("/v1/jobs", json={"prompt": "x"}, headers={"prefer": "Wait=100000; strict"})
     assert answer.headers["preference-applied"] == "wait=60"
 
 
