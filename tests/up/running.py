@@ -20,8 +20,11 @@ START_SECONDS: Final = 60.0
 COLOURS: Final = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 IMG2IMG: Final = (sys.executable, "-m", "img2img.cli")
 # The first terminal that a session opens becomes the one that controls it.
+# A shell starts its commands with these signals as they are by default, however the tests were started.
 TAKE_TERMINAL: Final = (
-    "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execv(sys.argv[1], sys.argv[1:])"
+    "import os, signal, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); "
+    "[signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)]; "
+    "os.execv(sys.argv[1], sys.argv[1:])"
 )
 
 

@@ -132,7 +132,9 @@ def test_refusals_are_one_line(server: str, words: tuple[str, ...], status: int,
 
 def test_jobs_are_listed_watched_and_canceled(server: str, tmp_path: Path) -> None:
     """A job can be found, followed to its end and canceled from another terminal."""
-    with Terminal("generate", "[b]watched[/b]", "-o", str(tmp_path / "a.png"), IMG2IMG_SERVER=server) as terminal:
+    with Terminal(
+        "generate", "[b]watched[/b] fake:step=2", "-o", str(tmp_path / "a.png"), IMG2IMG_SERVER=server
+    ) as terminal:
         terminal.shows("steps ")
         job_id = jobs(server, "list", "--state", "running", "--limit", "1")[0]["id"]
         shown = run("jobs", "list", IMG2IMG_SERVER=server).stdout
