@@ -104,6 +104,7 @@ class EventHub:
         self._group = asyncio.TaskGroup()
         self._owner: asyncio.Task[None] | None = None
         self._failed = False
+        self._closing = False
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
@@ -116,6 +117,7 @@ class EventHub:
         if self._failed:
             await self._group.__aexit__(kind, error, trace)
             return
+        self._closing = True
         if self._owner is not None:
             self._owner.cancel()
         # The block's own error is not the group's: it leaves as it is.
@@ -155,7 +157,8 @@ class EventHub:
 
     async def _own(self) -> None:
         try:
-            while True:
+            # Not for ever: a task group that fails while its own task is cancelled swallows the cancellation.
+            while not self._closing:
                 try:
                     await self._connected()
                 except* Unavailable as group:

@@ -197,6 +197,17 @@ async def test_a_failed_hub_ends_its_block(queue: JobQueue) -> None:
             await late.next(60)
 
 
+async def test_a_hub_ends_while_its_connection_is_lost(queue: JobQueue) -> None:
+    """Leaving the block at the very moment of a loss is not mistaken for a part of it."""
+    job_id, lost = new_job(), asyncio.Event()
+    async with asyncio.timeout(PROMPTLY), EventHub(queue) as hub, hub.follow(job_id):
+        await until_channels(queue, job_id)
+        [listening] = [task for task in asyncio.all_tasks() if task.get_name() == "event-hub-bells"]
+        listening.add_done_callback(lambda _: lost.set())
+        await kill_subscriptions(queue)
+        await lost.wait()
+
+
 async def test_the_blocks_own_error_leaves_as_it_is(queue: JobQueue) -> None:
     """The hub's task group does not wrap what is not its own."""
     with pytest.raises(LookupError, match="mine"):
