@@ -2,7 +2,7 @@
 
 Spans follow OpenTelemetry's semantic conventions for messaging: ``send <queue>`` where a job is accepted,
 ``process <queue>`` where an attempt runs it, stages as its children. Prompts and pictures never get into spans
-or logs, unless ``IMG2IMG_LOG_PROMPTS`` asks for the prompts.
+or logs; ``IMG2IMG_LOG_PROMPTS`` puts the prompts into the gateway's log.
 """
 
 import logging
