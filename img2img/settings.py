@@ -18,8 +18,8 @@ BUNDLED_MODEL: Final = "emoji-sd"
 MAX_PORT: Final = 65535
 POSITIVE: Final = (
     "attempt_timeout", "attempts", "beat", "concurrency", "idempotency_retention", "job_retention", "lease",
-    "max_image_bytes", "max_image_side", "max_job_age", "max_json_body", "max_prompt_bytes", "result_retention",
-    "sync_timeout",
+    "max_image_bytes", "max_image_side", "max_job_age", "max_json_body", "max_prompt_bytes", "phase_limit",
+    "result_retention", "stall_limit", "sync_timeout",
 )  # fmt: skip
 NOT_NEGATIVE: Final = (
     "drain_timeout", "fake_step_seconds", "input_retention", "max_wait", "priority_seconds", "progress_interval",
@@ -79,8 +79,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     concurrency: int = 1
     fake_step_seconds: float = 0.0
+    fake_obeys: bool = True
     lease: float = 6.0
     beat: float = 2.0
+    stall_limit: float = 60.0
+    phase_limit: float = 600.0
     attempts: int = 3
     attempt_timeout: float = 600.0
     retry_delay: float = 1.0
