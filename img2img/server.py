@@ -1,23 +1,40 @@
-"""The connection to Redis or Valkey: timeouts, retries, the start-up check and error translation."""
+"""The connection to Redis or Valkey: time limits, retries, the start-up check and error translation."""
 
 import asyncio
 import math
+import random
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Final
 
+import structlog
 from arq.connections import ArqRedis
 from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, RedisError, TimeoutError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError,
+    NoPermissionError,
+    ReadOnlyError,
+    RedisError,
+    TimeoutError,
+)
 
+from img2img.address import connection_options
 from img2img.errors import ConfigurationError, Unavailable
 
-CONNECT_TIMEOUT: Final = 3.0
-SOCKET_TIMEOUT: Final = 5.0
+CALL_SECONDS: Final = 5.0
+"""How long a call may take with all that belongs to it: a free connection, connecting, retries, the answer."""
+CONNECT_SECONDS: Final = 3.0
+START_SECONDS: Final = 30.0
+"""How long a process waits for its server when it starts."""
+START_PAUSE: Final = 0.5
 MAX_CONNECTIONS: Final = 128
-PASSING_ERRORS: Final = (ConnectionError, TimeoutError, OSError, BusyLoadingError, ReadOnlyError)
+
+log = structlog.get_logger(__name__)
 
 
 @contextmanager
@@ -25,62 +42,110 @@ def translated() -> Iterator[None]:
     """Turn the server's errors into ours.
 
     Raises:
-        Unavailable: it cannot be reached, is loading, read-only or out of memory.
-        CancelledError: the task was cancelled meanwhile. redis-py sends through ``asyncio.wait_for``, which
-            before Python 3.12 loses a cancellation that comes just when the command has been sent.
+        Unavailable: it cannot be reached, is silent, loading, read-only, busy or out of memory.
     """
-    task = asyncio.current_task()
-    cancellations = 0 if task is None else task.cancelling()
     try:
         yield
-        if task is not None and task.cancelling() > cancellations:
-            raise asyncio.CancelledError
     except (RedisError, OSError) as exc:
         raise Unavailable(f"The queue server does not answer as it should ({type(exc).__name__}): try again") from exc
 
 
+class TimedPipeline(Pipeline):
+    """A pipeline whose execution ends within ``CALL_SECONDS``."""
+
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        async with asyncio.timeout(CALL_SECONDS):
+            return await super().execute(raise_on_error)
+
+
+class TimedRedis(ArqRedis):
+    """A client whose calls end in time; those that do not raise the builtin ``TimeoutError``.
+
+    redis-py's own limits are for one read or write each, and multiply with its retries.
+    """
+
+    async def execute_command(self, *args: Any, seconds: float = CALL_SECONDS, **options: Any) -> Any:
+        """Run one command within ``seconds``; a blocking pop has its own timeout on top."""
+        if args[0] == "BLPOP":
+            seconds += float(args[-1])
+        async with asyncio.timeout(seconds):
+            return await super().execute_command(*args, **options)
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        return TimedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
 @asynccontextmanager
-async def open_redis(url: str, *, block: float = 0.0) -> AsyncIterator[ArqRedis]:
-    """Open a pool; ``block`` (seconds) is the longest blocking command that it will carry.
+async def open_redis(url: str) -> AsyncIterator[TimedRedis]:
+    """Open a pool of connections; none is made before the first call.
+
+    After a failover a connection finds its server again: each one connects anew, by name or through the sentinels,
+    when it is lost or told that its server is read-only now.
 
     Raises:
-        ConfigurationError: the URL cannot be parsed.
+        ConfigurationError: the URL is wrong.
     """
-    try:
-        pool = BlockingConnectionPool.from_url(
-            url,
+    options = connection_options(url)
+    async with AsyncExitStack() as stack:
+        if sentinels := options.get("sentinels"):
+            await stack.enter_async_context(sentinels)
+        pool = BlockingConnectionPool(
             max_connections=MAX_CONNECTIONS,
-            timeout=SOCKET_TIMEOUT,
-            socket_connect_timeout=CONNECT_TIMEOUT,
-            socket_timeout=SOCKET_TIMEOUT + block,
+            timeout=None,  # the call's own limit counts
+            socket_connect_timeout=CONNECT_SECONDS,
             retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.02), 3),
-            retry_on_error=[BusyLoadingError, ConnectionError, TimeoutError],
-            health_check_interval=30,
+            retry_on_error=[BusyLoadingError, ConnectionError, ReadOnlyError, TimeoutError],
+            **options,
         )
-    except ValueError as exc:
-        raise ConfigurationError(f"IMG2IMG_REDIS_URL: {exc}") from exc
-    redis = ArqRedis(pool)
-    try:
+        stack.push_async_callback(pool.aclose)
+        redis = TimedRedis(pool)
+        stack.push_async_callback(redis.aclose)
         yield redis
-    finally:
-        await redis.aclose()
-        await pool.aclose()
 
 
-async def check_server(redis: ArqRedis) -> None:
-    """Refuse a server that may drop keys when its memory is full.
+async def check_server(redis: ArqRedis, patience: float = START_SECONDS) -> None:
+    """Wait until the server answers, at most ``patience`` seconds; refuse one that may drop jobs.
 
     Raises:
-        ConfigurationError: its maxmemory-policy is not noeviction.
-        Unavailable: it cannot be reached.
+        ConfigurationError: it does not let us in, or its maxmemory-policy is not noeviction.
+        Unavailable: it did not answer in time.
     """
-    with translated():
-        memory: dict[str, Any] = await redis.info("memory")
-    policy = memory.get("maxmemory_policy", "noeviction")
+    info = await _first_answer(redis, patience)
+    policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         raise ConfigurationError(
             f"The server's maxmemory-policy is {policy!r} and would drop jobs: set it to noeviction"
         )
+    if info.get("aof_enabled") == 0:
+        log.warning(
+            "queue_server_forgets", remedy="accepted jobs are lost when the server restarts: set its appendonly to yes"
+        )
+
+
+async def _first_answer(redis: ArqRedis, patience: float) -> dict[str, Any]:
+    """What the server says of itself. Only INFO is asked: managed servers forbid more."""
+    deadline = asyncio.get_running_loop().time() + patience
+    told = False
+    while True:
+        try:
+            with translated():
+                info: dict[str, Any] = await redis.info()
+            return info
+        except Unavailable as exc:
+            reason = exc.__cause__
+            if isinstance(reason, AuthenticationError | NoPermissionError):
+                raise ConfigurationError(
+                    f"The queue server does not let us in: check user and password in IMG2IMG_REDIS_URL: {reason}"
+                ) from exc
+            if asyncio.get_running_loop().time() >= deadline:
+                raise Unavailable(
+                    f"The queue server has not answered for {patience:g} s: check that it runs and "
+                    f"IMG2IMG_REDIS_URL: {reason!r}"
+                ) from exc
+            if not told:
+                told = True
+                log.warning("waiting_for_queue_server", seconds=patience, reason=repr(reason))
+        await asyncio.sleep(START_PAUSE * random.uniform(0.5, 1.5))  # noqa: S311
 
 
 def milliseconds(seconds: float) -> int:
