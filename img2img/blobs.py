@@ -23,11 +23,10 @@ from uuid import uuid4
 import obstore
 from obstore.exceptions import BaseError, GenericError
 from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from img2img.errors import ConfigurationError, Unavailable
-from img2img.server import translated
+from img2img.server import CALL_SECONDS, TimedRedis, translated
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
 SETTING: Final = "IMG2IMG_BLOBS"
 THREADS: Final = 16
 PROBE_LIFE: Final = 60_000  # milliseconds
+SLOWEST_LINE: Final = 1024 * 1024  # bytes a second
+LARGEST_BLOB: Final = 32 * 1024 * 1024  # bytes: an image and a mask
 CONNECT_TIMEOUT: Final = timedelta(seconds=3)
 REQUEST_TIMEOUT: Final = timedelta(seconds=30)
 RETRIES: Final["RetryConfig"] = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}
@@ -70,8 +71,8 @@ class BlobStore(Protocol):
     async def get(self, key: str) -> bytes | None:
         """The data; None if it was never there, was deleted or is past its expiry."""
 
-    async def expire(self, key: str, expires_at: int) -> None:
-        """Move the expiry; a time in the past makes the blob unreadable. A missing key is fine."""
+    async def expire(self, key: str, expires_at: int) -> bool:
+        """Move the expiry; a time in the past makes the blob unreadable. False if there is no such blob."""
 
     async def delete(self, key: str) -> None:
         """Delete a blob. A missing key is fine."""
@@ -83,22 +84,26 @@ class BlobStore(Protocol):
 class RedisBlobs:
     """Blobs as strings with a TTL: nothing to sweep, and nothing to set up."""
 
-    def __init__(self, redis: Redis, prefix: str) -> None:
+    def __init__(self, redis: TimedRedis, prefix: str) -> None:
         self._redis = redis
         self._prefix = f"{prefix}blob:"
 
     async def put(self, key: str, data: bytes, expires_at: int) -> None:
         with translated():
-            await self._redis.set(self._prefix + key, data, pxat=max(1, expires_at))
+            await self._redis.execute_command(
+                "SET", self._prefix + key, data, "PXAT", max(1, expires_at), seconds=_transfer_seconds(len(data))
+            )
 
     async def get(self, key: str) -> bytes | None:
         with translated():
-            data: bytes | None = await self._redis.get(self._prefix + key)
+            data: bytes | None = await self._redis.execute_command(
+                "GET", self._prefix + key, seconds=_transfer_seconds(LARGEST_BLOB)
+            )
         return data
 
-    async def expire(self, key: str, expires_at: int) -> None:
+    async def expire(self, key: str, expires_at: int) -> bool:
         with translated():
-            await self._redis.pexpireat(self._prefix + key, expires_at)
+            return bool(await self._redis.pexpireat(self._prefix + key, expires_at))
 
     async def delete(self, key: str) -> None:
         with translated():
@@ -111,7 +116,7 @@ class RedisBlobs:
 class ObjectBlobs:
     """Blobs as files or as objects in a bucket; ``index_key`` is a sorted set of keys by expiry."""
 
-    def __init__(self, store: ObjectStore, redis: Redis, index_key: str) -> None:
+    def __init__(self, store: ObjectStore, redis: TimedRedis, index_key: str) -> None:
         self._store = store
         self._redis = redis
         self._index = index_key
@@ -148,9 +153,10 @@ class ObjectBlobs:
             return None
         return await self._call(_get, self._store, key)
 
-    async def expire(self, key: str, expires_at: int) -> None:
+    async def expire(self, key: str, expires_at: int) -> bool:
         with translated():
             await self._redis.zadd(self._index, {key: expires_at}, xx=True)
+            return await self._redis.zscore(self._index, key) is not None
 
     async def delete(self, key: str) -> None:
         await self._call(_delete, self._store, key)
@@ -182,7 +188,7 @@ class ObjectBlobs:
 
 
 @asynccontextmanager
-async def open_blobs(url: str, redis: Redis, prefix: str) -> AsyncIterator[BlobStore]:
+async def open_blobs(url: str, redis: TimedRedis, prefix: str) -> AsyncIterator[BlobStore]:
     """Open the store that ``url`` names, and try it; ``prefix`` begins every key in Redis.
 
     ``redis`` | ``file:///folder`` | ``s3://bucket/prefix?endpoint=…&region=…`` | ``gs://bucket/prefix`` |
@@ -202,6 +208,11 @@ async def open_blobs(url: str, redis: Redis, prefix: str) -> AsyncIterator[BlobS
         yield blobs
     finally:
         blobs.close()
+
+
+def _transfer_seconds(size: int) -> float:
+    """How long ``size`` bytes may take to or from the queue server, however slow the line."""
+    return CALL_SECONDS + size / SLOWEST_LINE
 
 
 def _open_store(url: str) -> ObjectStore:

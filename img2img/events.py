@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 from img2img.errors import Unavailable
 from img2img.jobs import JobEvent
 from img2img.queue import JobQueue
-from img2img.server import translated
+from img2img.server import CALL_SECONDS, translated
 
 CATCH_UP_SECONDS: Final = 15.0
 """A follower looks again after this long even without a ring."""
@@ -176,20 +176,21 @@ class EventHub:
     async def _connected(self) -> None:
         """Subscribe and listen over one connection until it is lost.
 
-        It is not the pool's, and has neither redis-py's retries nor its health checks: those would connect again,
-        or read an answer, in the middle of somebody else's read.
+        It is not the pool's, and has none of redis-py's retries: those would connect again in the middle of
+        somebody else's read.
 
         Raises:
             Unavailable: always, alone or in a group.
         """
         pool = self._queue.redis.connection_pool
-        own = {"retry": Retry(NoBackoff(), 0), "retry_on_error": [], "health_check_interval": 0}
+        own = {"retry": Retry(NoBackoff(), 0), "retry_on_error": []}
         connection: Any = pool.connection_class(**pool.connection_kwargs | own)
         self._asked, self._heard = set(), set()
         self._changed.set()
         try:
             with translated():
-                await connection.connect()
+                async with asyncio.timeout(CALL_SECONDS):
+                    await connection.connect()
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._subscribe(connection), name="event-hub-orders")
                 group.create_task(self._listen(connection), name="event-hub-bells")

@@ -11,6 +11,7 @@ import structlog
 from arq.connections import ArqRedis
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.client import Pipeline
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
@@ -69,10 +70,18 @@ class TimedRedis(ArqRedis):
         if args[0] == "BLPOP":
             seconds += float(args[-1])
         async with asyncio.timeout(seconds):
-            return await super().execute_command(*args, **options)
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
         return TimedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
+class Pool(BlockingConnectionPool):
+    """redis-py repeats commands, and connecting, but not what it says first on a new connection; this does, too."""
+
+    async def ensure_connection(self, connection: AbstractConnection) -> None:
+        ensure = super().ensure_connection
+        await connection.retry.call_with_retry(lambda: ensure(connection), lambda _: connection.disconnect())
 
 
 @asynccontextmanager
@@ -89,7 +98,7 @@ async def open_redis(url: str) -> AsyncIterator[TimedRedis]:
     async with AsyncExitStack() as stack:
         if sentinels := options.get("sentinels"):
             await stack.enter_async_context(sentinels)
-        pool = BlockingConnectionPool(
+        pool = Pool(
             max_connections=MAX_CONNECTIONS,
             timeout=None,  # the call's own limit counts
             socket_connect_timeout=CONNECT_SECONDS,
@@ -98,9 +107,7 @@ async def open_redis(url: str) -> AsyncIterator[TimedRedis]:
             **options,
         )
         stack.push_async_callback(pool.aclose)
-        redis = TimedRedis(pool)
-        stack.push_async_callback(redis.aclose)
-        yield redis
+        yield TimedRedis(pool)
 
 
 async def check_server(redis: ArqRedis, patience: float = START_SECONDS) -> None:

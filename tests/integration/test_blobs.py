@@ -10,10 +10,11 @@ from urllib.parse import quote
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import ConnectionPool
 
 from img2img.blobs import BlobStore, ObjectBlobs, open_blobs
 from img2img.errors import ConfigurationError, Unavailable
+from img2img.server import TimedRedis, open_redis
 
 PREFIX = "img2img:{0}:"
 INDEX = f"{PREFIX}blobs"
@@ -30,8 +31,8 @@ def an_hour_ago() -> int:
 
 
 @pytest.fixture
-async def redis(valkey_url: str) -> AsyncIterator[Redis]:
-    async with Redis.from_url(valkey_url) as client:
+async def redis(valkey_url: str) -> AsyncIterator[TimedRedis]:
+    async with open_redis(valkey_url) as client:
         await client.flushall()
         yield client
 
@@ -65,7 +66,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-async def blobs(url: str, redis: Redis) -> AsyncIterator[BlobStore]:
+async def blobs(url: str, redis: TimedRedis) -> AsyncIterator[BlobStore]:
     async with open_blobs(url, redis, PREFIX) as store:
         yield store
 
@@ -110,7 +111,7 @@ class TestEveryStore:
         await blobs.expire("k", an_hour_ago())
         assert await blobs.get("k") is None
 
-    async def test_moving_the_expiry_of_nothing_makes_nothing(self, blobs: BlobStore, redis: Redis) -> None:
+    async def test_moving_the_expiry_of_nothing_makes_nothing(self, blobs: BlobStore, redis: TimedRedis) -> None:
         await blobs.expire("nothing", in_an_hour())
         assert await blobs.get("nothing") is None
         assert await redis.keys() == []
@@ -127,7 +128,7 @@ class TestEveryStore:
         assert await asyncio.gather(*(blobs.get(str(i)) for i in range(40))) == [b"%d" % i for i in range(40)]
 
     async def test_nothing_is_left_in_redis_without_an_expiry_but_the_index(
-        self, blobs: BlobStore, redis: Redis
+        self, blobs: BlobStore, redis: TimedRedis
     ) -> None:
         await blobs.put("k", b"data", in_an_hour())
         for key in await redis.keys():
@@ -135,7 +136,7 @@ class TestEveryStore:
         await blobs.delete("k")
         assert await redis.keys() == []
 
-    async def test_a_redis_that_goes_away_is_told_as_unavailable(self, blobs: BlobStore, redis: Redis) -> None:
+    async def test_a_redis_that_goes_away_is_told_as_unavailable(self, blobs: BlobStore, redis: TimedRedis) -> None:
         await redis.connection_pool.disconnect()
         redis.connection_pool = ConnectionPool(host="127.0.0.1", port=1)
         for call in (
@@ -150,7 +151,7 @@ class TestEveryStore:
 
 @pytest.mark.parametrize("url", ["file", "s3"], indirect=True)
 class TestSweep:
-    async def test_due_blobs_go_and_others_stay(self, blobs: BlobStore, redis: Redis) -> None:
+    async def test_due_blobs_go_and_others_stay(self, blobs: BlobStore, redis: TimedRedis) -> None:
         await blobs.put("due", b"1", an_hour_ago())
         await blobs.put("kept", b"2", in_an_hour())
         assert await blobs.sweep() == 1
@@ -167,7 +168,7 @@ class TestSweep:
         assert [await blobs.sweep(2), await blobs.sweep(2), await blobs.sweep(2)] == [2, 2, 1]
 
     async def test_an_entry_whose_object_was_never_written_is_swept_with_the_others(
-        self, blobs: BlobStore, redis: Redis
+        self, blobs: BlobStore, redis: TimedRedis
     ) -> None:
         """What a crash between index and object leaves behind."""
         await redis.zadd(INDEX, {"lost": an_hour_ago()})
@@ -176,7 +177,7 @@ class TestSweep:
         assert await redis.exists(INDEX) == 0
 
     async def test_the_half_written_file_of_a_crash_is_swept(
-        self, blobs: BlobStore, url: str, redis: Redis, tmp_path: Path
+        self, blobs: BlobStore, url: str, redis: TimedRedis, tmp_path: Path
     ) -> None:
         """obstore writes to ``<name>#1`` first; it would list and delete no such file itself."""
         half = tmp_path / "made for blobs" / "input:0-x#1"
@@ -191,7 +192,7 @@ class TestSweep:
             await blobs.put(f"k{number}", b"x", an_hour_ago())
         assert sum(await asyncio.gather(blobs.sweep(), blobs.sweep(), blobs.sweep())) == 20
 
-    async def test_an_expiry_moved_meanwhile_keeps_its_entry(self, blobs: BlobStore, redis: Redis) -> None:
+    async def test_an_expiry_moved_meanwhile_keeps_its_entry(self, blobs: BlobStore, redis: TimedRedis) -> None:
         """The entry must outlive the sweep, or the new blob under the same key would never be swept."""
         await redis.zadd(INDEX, {"k": an_hour_ago()})
         assert isinstance(blobs, ObjectBlobs)
@@ -223,7 +224,9 @@ class TestOpening:
             ("az://", "bucket's name"),
         ],
     )
-    async def test_a_wrong_url_is_refused_with_setting_and_remedy(self, redis: Redis, url: str, reason: str) -> None:
+    async def test_a_wrong_url_is_refused_with_setting_and_remedy(
+        self, redis: TimedRedis, url: str, reason: str
+    ) -> None:
         with pytest.raises(ConfigurationError) as caught:
             async with open_blobs(url, redis, PREFIX):
                 pass
@@ -232,34 +235,39 @@ class TestOpening:
         assert "use redis, file:///folder, s3://bucket" in str(caught.value)
         assert "secret" not in str(caught.value)
 
-    async def test_a_folder_is_made_for_its_owner_only_and_kept_clean(self, redis: Redis, tmp_path: Path) -> None:
+    async def test_a_folder_is_made_for_its_owner_only_and_kept_clean(self, redis: TimedRedis, tmp_path: Path) -> None:
         folder = tmp_path / "deep" / "a b?#"
         async with open_blobs(f"file://{quote(str(folder))}", redis, PREFIX):
             assert folder.stat().st_mode & 0o077 == 0
             assert list(folder.iterdir()) == []
 
-    async def test_a_bucket_that_does_not_exist_is_told_at_start(self, redis: Redis, s3_url: str) -> None:
+    async def test_a_bucket_that_does_not_exist_is_told_at_start(self, redis: TimedRedis, s3_url: str) -> None:
         with pytest.raises(ConfigurationError, match="IMG2IMG_BLOBS"):
             async with open_blobs(s3_url.replace("//pictures", "//missing"), redis, PREFIX):
                 pass
 
-    async def test_an_endpoint_that_does_not_answer_is_told_at_start(self, redis: Redis, s3_url: str) -> None:
+    async def test_an_endpoint_that_does_not_answer_is_told_at_start(self, redis: TimedRedis, s3_url: str) -> None:
         with pytest.raises(Unavailable, match="IMG2IMG_BLOBS"):
             async with open_blobs("s3://b?endpoint=http://127.0.0.1:1&region=us-east-1", redis, PREFIX):
                 pass
 
-    async def test_azure_is_asked_at_the_endpoint_given(self, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_azure_is_asked_at_the_endpoint_given(
+        self, redis: TimedRedis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
         with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1/pictures/a/probe-"):
             async with open_blobs("az://pictures/a?account=dev&endpoint=http://127.0.0.1:1", redis, PREFIX):
                 pass
 
     async def test_a_redis_that_is_not_there_is_unavailable_and_no_wrong_setting(self, tmp_path: Path) -> None:
-        with pytest.raises(Unavailable):
-            async with open_blobs(f"file://{tmp_path}", Redis(host="127.0.0.1", port=1), PREFIX):
-                pass
+        async with open_redis("redis://127.0.0.1:1/0") as nowhere:
+            with pytest.raises(Unavailable):
+                async with open_blobs(f"file://{tmp_path}", nowhere, PREFIX):
+                    pass
 
-    async def test_a_failed_start_leaves_nothing_that_no_sweep_would_find(self, redis: Redis, tmp_path: Path) -> None:
+    async def test_a_failed_start_leaves_nothing_that_no_sweep_would_find(
+        self, redis: TimedRedis, tmp_path: Path
+    ) -> None:
         (tmp_path / "taken").touch()
         with pytest.raises(ConfigurationError):
             async with open_blobs(f"file://{tmp_path / 'taken'}", redis, PREFIX):
@@ -267,7 +275,7 @@ class TestOpening:
         assert await redis.keys() == []
 
     async def test_the_endpoint_may_come_from_the_usual_variable(
-        self, redis: Redis, s3_url: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+        self, redis: TimedRedis, s3_url: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
         monkeypatch.setenv("AWS_REGION", "us-east-1")
@@ -275,7 +283,9 @@ class TestOpening:
             await store.put("k", b"data", in_an_hour())
             assert await store.get("k") == b"data"
 
-    async def test_a_store_that_stops_answering_is_unavailable(self, redis: Redis, s3_url: str, tmp_path: Path) -> None:
+    async def test_a_store_that_stops_answering_is_unavailable(
+        self, redis: TimedRedis, s3_url: str, tmp_path: Path
+    ) -> None:
         folder = tmp_path / "blobs"
         async with open_blobs(f"file://{folder}", redis, PREFIX) as store:
             folder.rmdir()

@@ -1,0 +1,73 @@
+"""Valkey servers for tests that need more than one, or a certain configuration, or to kill one; on TCP ports."""
+
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Self
+
+import redis
+
+from img2img.embedded import find_binary
+from tests.stack import eventually
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+class ValkeyServer:
+    """A server, or a sentinel, in ``folder``, with ``config`` lines of its own; ended when the block is left."""
+
+    def __init__(self, folder: Path, *config: str, sentinel: bool = False) -> None:
+        self.port = free_port()
+        self._folder = folder
+        self._sentinel = sentinel
+        self._process: subprocess.Popen[bytes] | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [f"port {self.port}", "bind 127.0.0.1", 'save ""', *config]
+        if sentinel:
+            lines.remove('save ""')
+        (folder / "server.conf").write_text("\n".join([*lines, ""]))
+
+    def __enter__(self) -> Self:
+        self.start()
+        self.wait_up()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def client(self) -> "redis.Redis":
+        return redis.Redis(host="127.0.0.1", port=self.port)
+
+    def start(self) -> None:
+        """Start it, again on the same port and data; it may not answer yet."""
+        command = [str(find_binary()), "server.conf", *(["--sentinel"] if self._sentinel else [])]
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(command, cwd=self._folder, stdout=log, stderr=log)
+
+    def wait_up(self) -> None:
+        eventually(self._answers, f"a server on {self.port}")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+    def _answers(self) -> bool:
+        with self.client() as client:
+            try:
+                return bool(client.ping())
+            except redis.RedisError:
+                return False
