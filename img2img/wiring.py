@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Final
 
 import msgspec
 
@@ -10,8 +9,6 @@ from img2img.blobs import BlobStore, open_blobs
 from img2img.queue import JobQueue
 from img2img.server import check_server, open_redis
 from img2img.settings import Settings
-
-LONGEST_BLOCK: Final = 5.0
 
 
 class Parts(msgspec.Struct, frozen=True):
@@ -28,10 +25,10 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
 
     Raises:
         ConfigurationError: a setting is wrong, or the server would drop keys.
-        Unavailable: the server or the blob store cannot be reached.
+        Unavailable: the server did not answer for half a minute, or the blob store cannot be reached.
     """
     async with AsyncExitStack() as stack:
-        redis = await stack.enter_async_context(open_redis(settings.redis_url, block=LONGEST_BLOCK))
+        redis = await stack.enter_async_context(open_redis(settings.redis_url))
         await check_server(redis)
         queue = JobQueue(
             redis,
