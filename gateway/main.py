@@ -107,7 +107,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with open_parts(settings) as parts, EventHub(parts.queue) as hub:
-        service = JobService(parts, hub)
+        service = JobService(parts, hub, tenants)
         budgets, drain = Budgets(settings.max_body_bytes_in_flight), Drain(parts.queue, settings)
         http = http_server(build_app(service, tenants, settings, budgets, drain), settings)
         with bind_http(settings) as listener:

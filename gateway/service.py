@@ -8,25 +8,28 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime
 from typing import Final
 
 import msgspec
 import structlog
-import uuid_utils
 
+from gateway.attendance import Attendance, end_of, waiting
+from gateway.tenants import Tenants
 from img2img import telemetry
 from img2img.batches import BatchStore
 from img2img.blobs import BlobStore
 from img2img.errors import (
+    Congested,
     IdempotencyConflict,
     Img2ImgError,
     InvalidRequest,
     NoCapacity,
+    NotReplayable,
     ResultGone,
     ResultNotReady,
-    WaitTimeout,
 )
-from img2img.events import EventHub
+from img2img.events import READ_LIMIT, EventHub
 from img2img.jobs import Job, JobEvent, JobSpec, JobState, Outcome, Result, StopReason
 from img2img.queue import JobQueue, Join, Lifetime, Page, QueueStats, Submitted, Waiter
 from img2img.requests import CheckedRequest, build_request, draw_seed
@@ -37,7 +40,6 @@ from img2img.wiring import Parts
 THREAD_ABOVE: Final = 64 * 1024
 """Requests with more picture bytes than this are checked and hashed in a thread."""
 KEEP_ALIVE: Final = 15.0
-WAITER_TTL: Final = 9.0
 INPUT_MARGIN: Final = 3600.0
 
 log = structlog.get_logger(__name__)
@@ -68,40 +70,15 @@ class Picture(msgspec.Struct, frozen=True):
     result: Result
 
 
-class Attendance:
-    """A caller's wait for one job."""
-
-    def __init__(self, job_id: str, hub: EventHub, attended: list[str]) -> None:
-        self.job_id = job_id
-        self._hub = hub
-        self._attended = attended
-
-    async def outcome(self, timeout: float) -> Outcome:
-        """How the job ended.
-
-        Raises:
-            WaitTimeout: not done within ``timeout`` seconds.
-        """
-        deadline = asyncio.get_running_loop().time() + timeout
-        async with self._hub.follow(self.job_id) as follower:
-            while (left := deadline - asyncio.get_running_loop().time()) > 0:
-                for event in await follower.next(left):
-                    if event.is_terminal:
-                        self._attended.clear()  # nothing is left to leave
-                        return msgspec.convert(event.data, Outcome)
-        raise WaitTimeout(
-            f"The job did not finish within {timeout:g} s: send the same request again to go on waiting for it"
-        )
-
-
 class JobService:
     """One per gateway process."""
 
-    def __init__(self, parts: Parts, hub: EventHub) -> None:
+    def __init__(self, parts: Parts, hub: EventHub, tenants: Tenants) -> None:
         self._settings: Settings = parts.settings
         self._queue: JobQueue = parts.queue
         self._blobs: BlobStore = parts.blobs
         self._hub = hub
+        self._tenants = tenants
         self._batches = BatchStore(parts.queue)
         self.draining = False
 
@@ -115,7 +92,7 @@ class JobService:
 
         Raises:
             InvalidRequest: names the field.
-            IdempotencyConflict, NoCapacity: see :meth:`JobQueue.submit`.
+            IdempotencyConflict, NoCapacity, Congested: see :meth:`JobQueue.submit`.
         """
         with _counting_rejections():
             return await self._submit(order, await self._check(order), waiter, job_id)
@@ -127,13 +104,13 @@ class JobService:
             return attendance.job_id, await attendance.outcome(timeout)
 
     @asynccontextmanager
-    async def attend(self, order: Order, grace: float) -> AsyncIterator["Attendance"]:
+    async def attend(self, order: Order, grace: float) -> AsyncIterator[Attendance]:
         """Create a job that ends ``grace`` seconds after the block is left, unless it has ended or others wait.
 
         Raises as :meth:`create` does.
         """
         job_id = self._queue.new_id()
-        async with self._waiter(grace, job_id) as (waiter, attended):
+        async with waiting(self._queue, job_id, grace) as (waiter, attended):
             submitted = await self.create(order, waiter, job_id)
             del order
             attended[:] = [submitted.id]
@@ -148,11 +125,8 @@ class JobService:
         job = await self._queue.get(job_id, account)
         if job.is_terminal or wait <= 0:
             return job
-        deadline = asyncio.get_running_loop().time() + min(wait, self._settings.max_wait)
         async with self._hub.follow(job_id) as follower:
-            while not self.draining and (left := deadline - asyncio.get_running_loop().time()) > 0:
-                if any(event.is_terminal for event in await follower.next(left)):
-                    break
+            await end_of(follower, min(wait, self._settings.max_wait), lambda: self.draining)
         return await self._queue.get(job_id, account)
 
     async def list_jobs(
@@ -162,7 +136,7 @@ class JobService:
         return await self._queue.list_jobs(account, state=state, cursor=cursor, limit=limit)
 
     async def watch(self, account: str, job_id: str, after: int = 0) -> AsyncIterator[list[JobEvent]]:
-        """The job's events after sequence number ``after``, up to the terminal one; empty lists keep alive.
+        """The job's events after sequence number ``after``, up to the one that ended it; empty lists keep alive.
 
         Ends early when the process drains: the caller resumes elsewhere from the last number it saw.
 
@@ -174,7 +148,7 @@ class JobService:
             events = await follower.read()
             while events or not job.is_terminal:
                 yield events
-                if self.draining or (events and events[-1].is_terminal):
+                if self.draining or (0 < len(events) < READ_LIMIT and events[-1].is_terminal):
                     return
                 events = await follower.next(KEEP_ALIVE)
                 if not events:
@@ -190,6 +164,25 @@ class JobService:
         """
         await self._queue.get(job_id, account)
         await self._queue.cancel(job_id, StopReason.USER)
+        return await self._queue.get(job_id, account)
+
+    async def replay(self, account: str, job_id: str) -> Job:
+        """Run a failed, canceled or expired job again under its id; one that waits or runs goes on as it is.
+
+        Raises:
+            JobNotFound: there is none on this account.
+            NotReplayable: it succeeded, or its input has been deleted.
+        """
+        job = await self._queue.get(job_id, account)
+        seconds = job.spec.options.deadline_seconds or self._settings.max_job_age
+        lifetime = Lifetime(seconds, self._settings.job_retention)
+        if job.state == JobState.SUCCEEDED:
+            raise NotReplayable("The job succeeded: send its request anew to have another picture")
+        if job.is_terminal:
+            if job.spec.inputs and not await self._blobs.expire(job.spec.inputs, self._inputs_expiry(lifetime)):
+                raise NotReplayable("The job's input picture is no longer stored: send the request anew")
+            await self._queue.replay(job_id, seconds)
+            log.info("job_replayed", job=job_id, account=account)
         return await self._queue.get(job_id, account)
 
     async def result(self, account: str, job_id: str) -> Picture:
@@ -282,8 +275,9 @@ class JobService:
                 raise
             join = self._join(order, spec.fingerprint)
             try:
-                submitted = await self._queue.submit(spec, lifetime, join=join, waiter=waiter)
-            except (IdempotencyConflict, NoCapacity):
+                share = self._tenants.share_of(order.account, self._settings.max_queued_per_tenant)
+                submitted = await self._queue.submit(spec, lifetime, share=share, join=join, waiter=waiter)
+            except (IdempotencyConflict, NoCapacity, Congested):
                 # After any other error the job may be there all the same, and need its inputs.
                 await self._drop(inputs)
                 raise
@@ -312,9 +306,14 @@ class JobService:
         )
 
     def _lifetime(self, order: Order, checked: CheckedRequest) -> Lifetime:
-        limits = (self._settings.max_job_age, order.deadline, checked.options.deadline_seconds)
-        seconds = min(limit for limit in limits if limit is not None)
-        return Lifetime(seconds, self._settings.job_retention, longest=self._settings.max_job_age)
+        settings = self._settings
+        asked = [limit for limit in (order.deadline, checked.options.deadline_seconds) if limit is not None]
+        return Lifetime(
+            min([settings.max_job_age, *asked]),
+            settings.job_retention,
+            longest=settings.max_job_age + settings.max_defer,
+            asked_for=bool(asked),
+        )
 
     def _join(self, order: Order, fingerprint: str) -> Join | None:
         if order.idempotency_key is not None:
@@ -330,8 +329,7 @@ class JobService:
         if checked.inputs is None:
             return None
         key = f"input:{job_id}"
-        seconds = lifetime.seconds + self._settings.input_retention + INPUT_MARGIN
-        expires_at = int(time.time() * 1000) + milliseconds(seconds)
+        expires_at = self._inputs_expiry(lifetime, checked.options.not_before)
         data = msgspec.msgpack.encode(checked.inputs)
         storing = asyncio.create_task(self._blobs.put(key, data, expires_at), name=f"store-{job_id}")
         try:
@@ -342,6 +340,11 @@ class JobService:
             await self._drop(key)
             raise
         return key
+
+    def _inputs_expiry(self, lifetime: Lifetime, start: datetime | None = None) -> int:
+        """When an input that nobody deletes may go (ms): some time after its job must have ended."""
+        seconds = lifetime.seconds + self._settings.input_retention + INPUT_MARGIN
+        return milliseconds(max(time.time(), 0 if start is None else start.timestamp()) + seconds)
 
     async def _drop(self, inputs: str | None) -> None:
         """Delete a blob that no job needs, if that is possible; its own expiry does so otherwise."""
@@ -358,35 +361,6 @@ class JobService:
                 await self._queue.cancel(job_id, StopReason.DISCONNECT)
             except Img2ImgError as exc:
                 log.warning("job_not_taken_back", job=job_id, error=str(exc))
-
-    @asynccontextmanager
-    async def _waiter(self, grace: float, job_id: str) -> AsyncIterator[tuple[Waiter, list[str]]]:
-        """A waiter that renews its interest in the jobs on its list (at first ``job_id``), and leaves them at last."""
-        waiter = Waiter(uuid_utils.uuid7().hex, milliseconds(WAITER_TTL), milliseconds(grace))
-        attended = [job_id]
-        renewal = asyncio.create_task(self._renew(waiter, attended), name=f"waiter-{waiter.id}")
-        try:
-            yield waiter, attended
-        finally:
-            renewal.cancel()
-            # Shielded: the caller is often gone already, and its job must not run for nobody.
-            await asyncio.shield(self._leave(waiter, attended))
-
-    async def _renew(self, waiter: Waiter, attended: list[str]) -> None:
-        while True:
-            await asyncio.sleep(WAITER_TTL / 3)
-            for job_id in attended:
-                try:
-                    await self._queue.wait_for(job_id, waiter)
-                except Img2ImgError:
-                    continue
-
-    async def _leave(self, waiter: Waiter, attended: list[str]) -> None:
-        for job_id in attended:
-            try:
-                await self._queue.leave(job_id, waiter)
-            except Img2ImgError:
-                continue
 
 
 @contextmanager

@@ -3,6 +3,8 @@
     [[tenants]]
     account = "acme"
     key_sha256 = ["<64 hexadecimal digits>"]
+    weight = 2.0        # optional: its share of the workers' time, 1 by default
+    max_queued = 500    # optional: how many of its jobs may wait, IMG2IMG_MAX_QUEUED_PER_TENANT by default
 
 Keys are looked up by their SHA-256. A look-up needs no constant-time comparison: what its timing could
 reveal is the beginning of a stored hash, and nobody can make a key whose hash begins as he likes without
@@ -15,7 +17,7 @@ import time
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Self
+from typing import Annotated, Final, Self
 
 import msgspec
 import structlog
@@ -27,8 +29,11 @@ from img2img.errors import (
     NotFound,
     Unauthenticated,
 )
+from img2img.queue import Share
 
 LOCAL_ACCOUNT: Final = "local"
+MIN_WEIGHT: Final = 0.001
+MAX_WEIGHT: Final = 1000.0
 CHECK_INTERVAL: Final = 1.0  # seconds between looks at the file
 REMEDY: Final = "make an entry with `img2img keys new ACCOUNT`"
 
@@ -44,18 +49,27 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     account: str
     key_sha256: list[str]
+    weight: Annotated[float, msgspec.Meta(ge=MIN_WEIGHT, le=MAX_WEIGHT)] = 1.0
+    max_queued: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tenants: list[Entry]
 
 
+class Register(msgspec.Struct, frozen=True):
+    """What the file says: the account of each key's hash, and the entry of each account."""
+
+    accounts: Mapping[str, str]
+    entries: Mapping[str, Entry]
+
+
 class Tenants:
     """The keys of a file, read again when the file changes; or no keys at all, for one machine."""
 
-    def __init__(self, path: Path | None, accounts: Mapping[str, str], version: tuple[int, ...] | None = None) -> None:
+    def __init__(self, path: Path | None, register: Register, version: tuple[int, ...] | None = None) -> None:
         self._path = path
-        self._accounts = accounts
+        self._register = register
         self._version = version
         self._checked_at = time.monotonic()
 
@@ -72,12 +86,19 @@ class Tenants:
     @classmethod
     def open_local(cls) -> Self:
         """No keys: everybody is let in, under the account of the URL or as ``local``."""
-        return cls(None, {})
+        return cls(None, Register({}, {}))
 
     def account_of(self, key: str) -> str | None:
         """The account that ``key`` belongs to, or None."""
         self._refresh()
-        return self._accounts.get(hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest())
+        return self._register.accounts.get(hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest())
+
+    def share_of(self, account: str, max_queued: int) -> Share:
+        """What the account is entitled to; ``max_queued`` is for one whose entry says nothing of it."""
+        entry = self._register.entries.get(account)
+        if entry is None:
+            return Share(max_queued=max_queued)
+        return Share(entry.weight, max_queued if entry.max_queued is None else entry.max_queued)
 
     def authenticate(self, authorization: str | None, account: str | None = None) -> str:
         """The account of a request; ``authorization`` is its header, ``account`` the one in its URL.
@@ -113,11 +134,11 @@ class Tenants:
             return
         self._version = version
         try:
-            self._accounts = _read(self._path)
+            self._register = _read(self._path)
         except ConfigurationError as exc:
-            log.warning("tenants_file_ignored", error=str(exc), kept=len(self._accounts))
+            log.warning("tenants_file_ignored", error=str(exc), kept=len(self._register.accounts))
         else:
-            log.info("tenants_file_read", keys=len(self._accounts))
+            log.info("tenants_file_read", keys=len(self._register.accounts))
 
 
 def bearer_from_headers(authorization: str | None, x_auth_key: str | None) -> str | None:
@@ -136,8 +157,7 @@ def _version(path: Path) -> tuple[int, ...] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _read(path: Path) -> dict[str, str]:
-    """Account by hash."""
+def _read(path: Path) -> Register:
     try:
         content = msgspec.convert(tomllib.loads(path.read_text("utf-8")), File)
     except OSError as exc:
@@ -147,11 +167,14 @@ def _read(path: Path) -> dict[str, str]:
     except msgspec.ValidationError as exc:
         raise ConfigurationError(f"{path}: {exc}: {REMEDY}") from exc
     accounts: dict[str, str] = {}
+    entries: dict[str, Entry] = {}
     for number, entry in enumerate(content.tenants, 1):
         _add(accounts, entry, f"{path}: tenant {number} ({entry.account!r})")
+        # Two entries of an account are one account with more keys; what the first says of its share counts.
+        entries.setdefault(entry.account, entry)
     if not accounts:
         raise ConfigurationError(f"{path} has no tenants, so nobody could use the service: {REMEDY}")
-    return accounts
+    return Register(accounts, entries)
 
 
 def _add(accounts: dict[str, str], entry: Entry, where: str) -> None:

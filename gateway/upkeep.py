@@ -23,8 +23,8 @@ async def run_upkeep(queue: JobQueue, blobs: BlobStore, input_retention: float) 
         pause = LONGEST_PAUSE
         try:
             discarded, due = await queue.sweep()
-            for key in discarded:
-                await _discard(blobs, key, input_retention)
+            for key, kept in discarded.items():
+                await _discard(blobs, key, max(kept, input_retention))
             removed = await blobs.sweep()
             if discarded or removed:
                 pause = SHORTEST_PAUSE

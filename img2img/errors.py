@@ -14,10 +14,15 @@
     │   └── ModelNotFound             model_not_found
     │       └── ModelNameInvalid      model_name_invalid
     ├── IdempotencyConflict           idempotency_conflict  same key, another body
+    ├── NotReplayable                 not_replayable        the job succeeded, or its input is gone
     ├── ResultNotReady                result_not_ready
     ├── ResultGone                    result_gone           past its retention
     ├── Retryable                     -                     goes away by itself; says when to try again
     │   ├── NoCapacity                no_capacity           nobody is free right now
+    │   ├── Congested                 -                     too much waits; says for how long
+    │   │   ├── QueueFull             queue_full            as many jobs wait as may
+    │   │   │   └── AccountQueueFull  account_queue_full    as many of this account's
+    │   │   └── DeadlineUnreachable   deadline_unreachable  the job would end `expired`
     │   ├── TooManyBytesInFlight      too_many_bytes_in_flight
     │   ├── Unavailable               unavailable           the queue server cannot be reached
     │   └── WaitTimeout               wait_timeout          not finished within the wait
@@ -28,6 +33,7 @@
         ├── EngineFailed              engine_failed         worth another attempt
         ├── ModelRefused              model_refused         the same input fails again
         ├── InputGone                 input_gone            its input was deleted before it ran
+        ├── Quarantined               quarantined           its workers died while running it
         ├── AttemptTimeout            attempt_timeout       one attempt took longer than allowed
         ├── WorkerLost                worker_lost           every attempt's worker died
         ├── JobCanceled               canceled
@@ -120,6 +126,10 @@ class IdempotencyConflict(Img2ImgError):
         super().__init__("This idempotency key was used with another request: send a new key, or the first body again")
 
 
+class NotReplayable(Img2ImgError):
+    code = "not_replayable"
+
+
 class ResultNotReady(Img2ImgError):
     code = "result_not_ready"
 
@@ -140,6 +150,30 @@ class Retryable(Img2ImgError):
 
 class NoCapacity(Retryable):
     code = "no_capacity"
+
+
+class Congested(Retryable):
+    """Too much waits. ``eta`` is the time in which a job queued now would be done, in seconds, where that is known."""
+
+    eta: float | None = None  # for those that error_of makes
+
+    def __init__(self, message: str, retry_after: float = 1.0, eta: float | None = None) -> None:
+        super().__init__(message, retry_after)
+        self.eta = eta
+
+
+class QueueFull(Congested):
+    code = "queue_full"
+
+
+class AccountQueueFull(QueueFull):
+    code = "account_queue_full"
+
+
+class DeadlineUnreachable(Congested):
+    """The job would end `expired`: sooner said than waited for."""
+
+    code = "deadline_unreachable"
 
 
 class TooManyBytesInFlight(Retryable):
@@ -184,6 +218,12 @@ class ModelRefused(JobError):
 
 class InputGone(JobError):
     code = "input_gone"
+
+
+class Quarantined(JobError):
+    """Every worker that ran it died; a replay gives it another chance."""
+
+    code = "quarantined"
 
 
 class AttemptTimeout(JobError):

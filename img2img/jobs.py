@@ -91,6 +91,23 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     executed_by: str | None = None
 
 
+class PastAttempt(msgspec.Struct, frozen=True):
+    """An attempt that brought no result. Times in milliseconds since 1970."""
+
+    attempt: int
+    worker: str
+    started_at: int
+    ended_at: int
+    error: Failure
+
+
+class Eta(msgspec.Struct, frozen=True):
+    """When a job will be done: with even chances by ``p50``, with nine in ten by ``p90`` (ms since 1970)."""
+
+    p50: int
+    p90: int
+
+
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked for: written once at submission, never changed. Times in milliseconds since 1970."""
 
@@ -106,7 +123,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A job at one moment. Times in milliseconds since 1970; ``attempt`` counts from 1, 0 before the first."""
+    """A job at one moment. Times in milliseconds since 1970; ``attempt`` counts from 1, 0 before the first.
+
+    ``failures``, ``crashes`` (of its workers) and ``interruptions`` count attempts without a result since the job
+    was submitted or replayed; ``history`` tells of the latest ones. ``eta`` is None where nothing was measured yet.
+    """
 
     spec: JobSpec
     state: JobState
@@ -119,6 +140,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     outcome: Outcome | None = None
     stop_requested: StopReason | None = None
     queue_position: int | None = None
+    eta: Eta | None = None
+    failures: int = 0
+    crashes: int = 0
+    interruptions: int = 0
+    replays: int = 0
+    history: tuple[PastAttempt, ...] = ()
 
     @property
     def id(self) -> str:

@@ -13,16 +13,24 @@ import uuid_utils
 from arq.connections import ArqRedis
 
 from img2img import lua
-from img2img.errors import IdempotencyConflict, JobNotFound, LeaseLost, NoCapacity
+from img2img.errors import (
+    AccountQueueFull,
+    Congested,
+    DeadlineUnreachable,
+    IdempotencyConflict,
+    JobNotFound,
+    LeaseLost,
+    NoCapacity,
+    QueueFull,
+)
 from img2img.jobs import Failure, Job, JobSpec, JobState, Outcome, Running, StopReason
+from img2img.records import JOB_FIELDS, read_job, work_of
 from img2img.server import milliseconds, translated
 
 SHARD: Final = 0
 SCRIPTS: Final = (
-    "submit", "claim", "beat", "report", "finish", "release", "cancel", "wait", "leave", "sweep",
-)  # fmt: skip
-JOB_FIELDS: Final = (
-    "spec", "account", "state", "created", "expires", "attempt", "started", "finished", "running", "outcome", "stop",
+    "submit", "claim", "beat", "report", "finish", "release", "cancel", "replay", "look", "wait", "leave", "sweep",
+    "sign_off",
 )  # fmt: skip
 LIST_SCAN: Final = 500
 
@@ -46,12 +54,21 @@ class Waiter(msgspec.Struct, frozen=True):
 class Lifetime(msgspec.Struct, frozen=True):
     """How long a job may live until it ends, and how long its record is kept after (seconds).
 
-    ``longest`` is how long any job may live, for what belongs to more than one job.
+    ``asked_for`` tells a deadline of the caller's, which counts from now, from the longest age, which counts from
+    when the job may start. ``longest`` is how long any job may live, for what belongs to more than one job.
     """
 
     seconds: float
     keep: float
     longest: float = 24 * 3600.0
+    asked_for: bool = False
+
+
+class Share(msgspec.Struct, frozen=True):
+    """What an account is entitled to: ``weight`` of the workers' time, ``max_queued`` waiting jobs (0: no limit)."""
+
+    weight: float = 1.0
+    max_queued: int = 0
 
 
 class Submitted(msgspec.Struct, frozen=True):
@@ -62,7 +79,10 @@ class Submitted(msgspec.Struct, frozen=True):
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """A worker's hold on a job: every write of this attempt carries ``fence``. Times in ms since 1970."""
+    """A worker's hold on a job: every write of this attempt carries ``fence``. Times in ms since 1970.
+
+    A job that is to run ``alone`` has lost a worker before: nothing is claimed beside it.
+    """
 
     id: str
     fence: int
@@ -71,24 +91,28 @@ class Claim(msgspec.Struct, frozen=True):
     created_at: int
     expires_at: int
     claimed_at: int
+    alone: bool = False
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
-    """What a worker says of itself; ``slots`` is how many jobs it runs at once."""
+    """What a worker says of itself: how many jobs it runs at once, and the pixels of its model's own size."""
 
     id: str
     slots: int
     engine: str
     model: str
     device: str
+    native_pixels: int = 0
 
 
 class QueueStats(msgspec.Struct, frozen=True):
-    """Counts at one moment."""
+    """Counts at one moment; ``seconds`` is the estimated work of the jobs that are ready to start."""
 
     queued: int
     delayed: int
     running: int
+    quarantined: int
+    seconds: float
     workers: tuple[WorkerInfo, ...]
 
 
@@ -100,10 +124,22 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class JobQueue:
-    """One queue of one shard. Every method raises ``Unavailable`` when the server cannot be reached."""
+    """One queue of one shard. Every method raises ``Unavailable`` when the server cannot be reached.
+
+    A job may fail ``attempts`` times and lose ``crash_limit`` workers; ``max_queued`` jobs may wait (0: no limit);
+    with ``refuse_late`` a job that is unlikely to meet its deadline is refused.
+    """
 
     def __init__(
-        self, redis: ArqRedis, name: str = "default", *, attempts: int = 3, priority_seconds: float = 30.0
+        self,
+        redis: ArqRedis,
+        name: str = "default",
+        *,
+        attempts: int = 3,
+        crash_limit: int = 2,
+        priority_seconds: float = 30.0,
+        max_queued: int = 0,
+        refuse_late: bool = True,
     ) -> None:
         self.redis = redis
         self.name = name
@@ -111,7 +147,10 @@ class JobQueue:
         self.alive_key = f"arq:queue:{{{SHARD}}}:{name}"
         self.wake_key = f"{self.prefix}wake:{name}"
         self._attempts = attempts
+        self._crash_limit = crash_limit
         self._priority_seconds = priority_seconds
+        self._max_queued = max_queued
+        self._refuse_late = refuse_late
         self._scripts = {script: redis.register_script(lua.source(script)) for script in SCRIPTS}
 
     @staticmethod
@@ -127,28 +166,22 @@ class JobQueue:
         return f"{self.prefix}events:{job_id}"
 
     async def submit(
-        self, spec: JobSpec, lifetime: Lifetime, *, join: Join | None = None, waiter: Waiter | None = None
+        self,
+        spec: JobSpec,
+        lifetime: Lifetime,
+        *,
+        share: Share | None = None,
+        join: Join | None = None,
+        waiter: Waiter | None = None,
     ) -> Submitted:
         """Accept a job, or find the one it joins. Safe to repeat with the same id.
 
         Raises:
             IdempotencyConflict: the join key belongs to another request.
             NoCapacity: ``reject_if_busy`` was asked for and no worker is free.
+            QueueFull, AccountQueueFull, DeadlineUnreachable: too much waits.
         """
-        order = {
-            "id": spec.id,
-            "account": spec.account,
-            "fingerprint": spec.fingerprint,
-            "lifetime": milliseconds(lifetime.seconds),
-            "keep": milliseconds(lifetime.keep),
-            "horizon": milliseconds(max(lifetime.longest, lifetime.seconds) + lifetime.keep),
-            "boost": milliseconds(spec.options.priority * self._priority_seconds),
-            "attempts": self._attempts,
-            "reject_if_busy": spec.options.reject_if_busy,
-            "inputs": spec.inputs,
-            "join": join,
-            "waiter": waiter,
-        }
+        order = self._order(spec, lifetime, share or Share()) | {"join": join, "waiter": waiter}
         answer = await self._run("submit", msgspec.json.encode(spec), msgspec.json.encode(order))
         match [part.decode() for part in answer]:
             case ["joined", job_id]:
@@ -157,7 +190,34 @@ class JobQueue:
                 raise IdempotencyConflict
             case ["busy"]:
                 raise NoCapacity("Every worker is busy: try again, or send the request without rejectIfBusy")
+            case [why, pause, eta]:
+                raise _congested(why, float(pause), float(eta) if eta else None)
         return Submitted(spec.id, created=True)
+
+    def _order(self, spec: JobSpec, lifetime: Lifetime, share: Share) -> dict[str, object]:
+        options, work = spec.options, work_of(spec.parameters)
+        return {
+            "id": spec.id,
+            "account": spec.account,
+            "fingerprint": spec.fingerprint,
+            "inputs": spec.inputs,
+            "lifetime": milliseconds(lifetime.seconds),
+            "own_deadline": lifetime.asked_for,
+            "keep": milliseconds(lifetime.keep),
+            "horizon": milliseconds(max(lifetime.longest, lifetime.seconds) + lifetime.keep),
+            "not_before": 0 if options.not_before is None else milliseconds(options.not_before.timestamp()),
+            "boost": milliseconds(options.priority * self._priority_seconds),
+            "reject_if_busy": options.reject_if_busy,
+            "refuse_late": self._refuse_late,
+            "max_failures": self._attempts,
+            "max_crashes": self._crash_limit,
+            "max_queued": self._max_queued,
+            "max_queued_account": share.max_queued,
+            "weight": share.weight,
+            "size": work.size,
+            "pixels": work.pixels,
+            "steps": work.steps,
+        }
 
     async def get(self, job_id: str, account: str | None = None) -> Job:
         """The job as it stands; with ``account``, only if it is that account's.
@@ -165,14 +225,10 @@ class JobQueue:
         Raises:
             JobNotFound: there is none, it is another account's, or its record has expired.
         """
-        with translated():
-            async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self._job_key(job_id), list(JOB_FIELDS))
-                pipe.zrank(f"{self.prefix}ready:{self.name}", job_id)
-                fields, rank = await pipe.execute()
-        if fields[0] is None or (account is not None and fields[1] != account.encode()):
+        found = await self._load([job_id])
+        if not found or (account is not None and found[0].spec.account != account):
             raise JobNotFound(job_id)
-        return _job(fields, rank)
+        return found[0]
 
     async def list_jobs(
         self, account: str, *, state: JobState | None = None, cursor: str | None = None, limit: int = 20
@@ -182,28 +238,32 @@ class JobQueue:
         found: list[Job] = []
         ids: list[str] = []
         with translated():
-            if cursor is not None:
-                rank = await self.redis.zrevrank(index, cursor)
-                if rank is None:  # trimmed since: everything after it has gone before it
-                    return Page((), None)
-                start = rank + 1
-            for offset in range(start, start + LIST_SCAN, limit):
+            rank = None if cursor is None else await self.redis.zrevrank(index, cursor)
+        if cursor is not None:
+            if rank is None:  # trimmed since: everything after it has gone before it
+                return Page((), None)
+            start = rank + 1
+        for offset in range(start, start + LIST_SCAN, limit):
+            with translated():
                 ids = [raw.decode() for raw in await self.redis.zrevrange(index, offset, offset + limit - 1)]
-                for job in await self._load(ids):
-                    if state is None or job.state == state:
-                        found.append(job)
-                        if len(found) == limit:
-                            return Page(tuple(found), job.id)
-                if len(ids) < limit:
-                    return Page(tuple(found), None)
+            for job in await self._load(ids):
+                if state is None or job.state == state:
+                    found.append(job)
+                    if len(found) == limit:
+                        return Page(tuple(found), job.id)
+            if len(ids) < limit:
+                return Page(tuple(found), None)
         return Page(tuple(found), ids[-1])
 
-    async def claim(self, worker: str, count: int, lease: float, token: str) -> tuple[list[Claim], float | None]:
+    async def claim(
+        self, worker: str, count: int, lease: float, token: str, *, engine: str = "", held: int = 0
+    ) -> tuple[list[Claim], float | None]:
         """Take up to ``count`` jobs; also says in how many seconds the queue needs looking at again.
 
+        ``engine`` names what will run them, for the measured times; ``held`` is how many the worker runs already.
         Until it has answered, repeat it with the same ``token``: it then hands out the same jobs again.
         """
-        due, *claims = await self._run("claim", worker, count, milliseconds(lease), token)
+        due, *claims = await self._run("claim", worker, engine, count, held, milliseconds(lease), token)
         return [_claim(raw) for raw in claims], None if due < 0 else due / 1000
 
     async def beat(
@@ -212,7 +272,9 @@ class JobQueue:
         """Keep the worker known and its claims alive; answers which must stop, by their fence, and why."""
         held = [value for claim in claims for value in (claim.id, claim.fence)]
         info = msgspec.json.encode(worker)
-        answers = await self._run("beat", worker.id, milliseconds(ttl), info, milliseconds(lease), *held)
+        answers = await self._run(
+            "beat", worker.id, milliseconds(ttl), info, worker.slots, worker.native_pixels, milliseconds(lease), *held
+        )
         told = zip(claims, answers, strict=True)
         return {claim.fence: _stop_reason(answer) for claim, answer in told if answer != b"ok"}
 
@@ -230,13 +292,7 @@ class JobQueue:
 
     async def sign_off(self, worker: str) -> None:
         """Forget a worker that holds nothing, and ring once for the token that it may have taken."""
-        with translated():
-            async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.zrem(f"{self.prefix}workers:{self.name}", worker)
-                pipe.hdel(f"{self.prefix}worker-info:{self.name}", worker)
-                pipe.delete(self._control_key(worker))
-                pipe.rpush(self.wake_key, "1")
-                await pipe.execute()
+        await self._run("sign_off", worker)
 
     async def report(self, claim: Claim, running: Running) -> StopReason | None:
         """Record progress; answers with the reason if the job should stop."""
@@ -253,14 +309,15 @@ class JobQueue:
         if not done:
             raise LeaseLost(f"Job {claim.id} is no longer held under fence {claim.fence}")
 
-    async def release(self, claim: Claim, why: Failure, *, spent: bool, delay: float = 0.0) -> None:
-        """Give the job back for another attempt; ``spent`` counts this one against the limit.
+    async def release(
+        self, claim: Claim, why: Failure, kind: Literal["failures", "interruptions"], *, delay: float = 0.0
+    ) -> None:
+        """Give the job back for another attempt; ``kind`` is what it counts as, and only failures are limited.
 
         Raises:
             LeaseLost: somebody else holds the job now; nothing was written.
         """
-        flag = "1" if spent else ""
-        done = await self._run("release", claim.id, claim.fence, flag, milliseconds(delay), why.code, why.message)
+        done = await self._run("release", claim.id, claim.fence, kind, milliseconds(delay), why.code, why.message)
         if not done:
             raise LeaseLost(f"Job {claim.id} is no longer held under fence {claim.fence}")
 
@@ -275,6 +332,18 @@ class JobQueue:
             raise JobNotFound(job_id)
         return JobState(state.decode())
 
+    async def replay(self, job_id: str, lifetime: float) -> JobState:
+        """Run an ended job again under its id; answers with its state before, of which only ``failed``,
+        ``canceled`` and ``expired`` are queued anew. ``lifetime`` is in seconds from now.
+
+        Raises:
+            JobNotFound: there is none.
+        """
+        state = await self._run("replay", job_id, milliseconds(lifetime))
+        if state is None:
+            raise JobNotFound(job_id)
+        return JobState(state.decode())
+
     async def wait_for(self, job_id: str, waiter: Waiter) -> None:
         """Renew a waiter's interest in a job that ends when nobody waits for it."""
         await self._run("wait", job_id, waiter.id, waiter.ttl, waiter.grace)
@@ -283,21 +352,25 @@ class JobQueue:
         """A waiter goes; the last one starts the grace period."""
         await self._run("leave", job_id, waiter.id, waiter.grace)
 
-    async def sweep(self) -> tuple[list[str], float | None]:
-        """End what is overdue; answers which input blobs may go, and in how many seconds there is more to do."""
+    async def sweep(self) -> tuple[dict[str, float], float | None]:
+        """End what is overdue; answers which input blobs may go, each with the seconds that it must still be kept
+        for, and in how many seconds there is more to do."""
         due, *discarded = await self._run("sweep")
-        return [key.decode() for key in discarded], None if due < 0 else due / 1000
+        parts = (entry.decode().partition(" ") for entry in discarded)
+        return {key: int(kept) / 1000 for kept, _, key in parts}, None if due < 0 else due / 1000
 
     async def stats(self) -> QueueStats:
         """How much waits and runs, and which workers take jobs (one that drains takes none)."""
         with translated():
             async with self.redis.pipeline(transaction=False) as pipe:
-                for index in ("ready", "delayed", "leases"):
+                for index in ("expiry", "delayed", "leases", "quarantine"):
                     pipe.zcard(f"{self.prefix}{index}:{self.name}")
+                pipe.hget(f"{self.prefix}totals:{self.name}", "seconds")
                 pipe.hvals(f"{self.prefix}worker-info:{self.name}")
-                queued, delayed, running, workers = await pipe.execute()
+                waiting, delayed, running, quarantined, seconds, workers = await pipe.execute()
         known = (msgspec.json.decode(raw, type=WorkerInfo) for raw in workers)
-        return QueueStats(queued, delayed, running, tuple(worker for worker in known if worker.slots))
+        taking = tuple(worker for worker in known if worker.slots)
+        return QueueStats(waiting - delayed, delayed, running, quarantined, round(float(seconds or 0), 3), taking)
 
     async def _pop(self, key: str, timeout: float) -> str | None:
         with translated():
@@ -306,18 +379,12 @@ class JobQueue:
         return None if message is None else message[1].decode()
 
     async def _load(self, job_ids: Sequence[str]) -> list[Job]:
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for job_id in job_ids:
-                pipe.hmget(self._job_key(job_id), list(JOB_FIELDS))
-                pipe.zrank(f"{self.prefix}ready:{self.name}", job_id)
-            rows = await pipe.execute()
-        return [_job(fields, rank) for fields, rank in zip(rows[::2], rows[1::2], strict=True) if fields[0]]
+        """Those of the jobs that there are."""
+        rows = await self._run("look", len(JOB_FIELDS), *JOB_FIELDS, *job_ids)
+        return [read_job(row) for row in rows if row is not None]
 
     def _control_key(self, worker: str) -> str:
         return f"{self.prefix}control:{worker}"
-
-    def _job_key(self, job_id: str) -> str:
-        return f"{self.prefix}job:{job_id}"
 
     async def _run(self, script: str, *arguments: Any) -> Any:
         with translated():
@@ -329,25 +396,17 @@ def _stop_reason(answer: bytes) -> StopReason:
 
 
 def _claim(raw: Sequence[Any]) -> Claim:
-    job_id, fence, attempt, spec, created, expires, now = raw
+    job_id, fence, attempt, spec, created, expires, now, alone = raw
     decoded = msgspec.json.decode(spec, type=JobSpec)
-    return Claim(job_id.decode(), fence, attempt, decoded, int(created), int(expires), now)
+    return Claim(job_id.decode(), fence, attempt, decoded, int(created), int(expires), now, bool(alone))
 
 
-def _job(fields: Sequence[bytes | None], rank: int | None) -> Job:
-    row = dict(zip(JOB_FIELDS, fields, strict=True))
-    spec, state = row["spec"] or b"", (row["state"] or b"").decode()
-    running, outcome, stop = row["running"], row["outcome"], row["stop"]
-    return Job(
-        spec=msgspec.json.decode(spec, type=JobSpec),
-        state=JobState(state),
-        created_at=int(row["created"] or 0),
-        expires_at=int(row["expires"] or 0),
-        attempt=int(row["attempt"] or 0),
-        started_at=None if row["started"] is None else int(row["started"]),
-        finished_at=None if row["finished"] is None else int(row["finished"]),
-        running=None if running is None else msgspec.json.decode(running, type=Running),
-        outcome=None if outcome is None else msgspec.json.decode(outcome, type=Outcome),
-        stop_requested=None if stop is None else StopReason(stop.decode()),
-        queue_position=rank if state == JobState.QUEUED else None,
-    )
+def _congested(why: str, pause: float, eta: float | None) -> Congested:
+    likely = "" if eta is None else f"; a job queued now would be done in about {eta:.0f} s"
+    if why == "late":
+        return DeadlineUnreachable(
+            f"The deadline cannot be met{likely}: try again later, or allow more time", pause, eta
+        )
+    if why == "full_account":
+        return AccountQueueFull(f"As many jobs of this account wait as may{likely}: try again later", pause, eta)
+    return QueueFull(f"As many jobs wait as may{likely}: try again later", pause, eta)

@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import math
 import secrets
+import time
 from collections.abc import Mapping
+from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -73,6 +75,7 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     output_format: OutputFormat = OutputFormat.PNG
     output_quality: int = 90
     reject_if_busy: bool = False
+    not_before: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +92,11 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     guidance: float = 7.5
     seed: int | None = None
 
+    @property
+    def steps(self) -> int:
+        """Steps that the model takes: image to image runs the last ``num_steps * strength``."""
+        return self.num_steps if self.image is None else max(1, int(self.num_steps * self.strength))
+
 
 class Inputs(msgspec.Struct, frozen=True):
     """The encoded input files of a job, stored as one blob."""
@@ -103,6 +111,7 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     prompt_bytes: int = 16 * 1024
     pictures: PictureLimits = PictureLimits()
     max_deadline: float = 24 * 3600.0
+    max_defer: float = 30 * 24 * 3600.0
 
 
 class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,7 +193,22 @@ def build_options(options: object, limits: RequestLimits) -> JobOptions:
             "options.deadline_seconds",
             f"'/options/deadline_seconds' must be above 0 and at most {limits.max_deadline:g}",
         )
+    _check_not_before(built, limits)
     return built
+
+
+def _check_not_before(options: JobOptions, limits: RequestLimits) -> None:
+    if options.not_before is None:
+        return
+    ahead = options.not_before.timestamp() - time.time()
+    if ahead > limits.max_defer:
+        raise InvalidRequest(
+            "options.not_before", f"'/options/not_before' must be at most {limits.max_defer:g} seconds away"
+        )
+    if options.deadline_seconds is not None and ahead >= options.deadline_seconds:
+        raise InvalidRequest(
+            "options.not_before", "'/options/not_before' must lie before the deadline: move one of the two"
+        )
 
 
 def _check_rules(request: Img2ImgRequest, limits: RequestLimits) -> None:

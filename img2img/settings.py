@@ -17,13 +17,13 @@ LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 BUNDLED_MODEL: Final = "emoji-sd"
 MAX_PORT: Final = 65535
 POSITIVE: Final = (
-    "attempt_timeout", "attempts", "beat", "concurrency", "idempotency_retention", "job_retention", "lease",
-    "max_image_bytes", "max_image_side", "max_job_age", "max_json_body", "max_prompt_bytes", "phase_limit",
+    "attempt_timeout", "attempts", "beat", "concurrency", "crash_limit", "idempotency_retention", "job_retention",
+    "lease", "max_image_bytes", "max_image_side", "max_job_age", "max_json_body", "max_prompt_bytes", "phase_limit",
     "result_retention", "stall_limit", "sync_timeout",
 )  # fmt: skip
 NOT_NEGATIVE: Final = (
-    "drain_timeout", "fake_step_seconds", "input_retention", "max_wait", "priority_seconds", "progress_interval",
-    "retry_delay", "retry_grace",
+    "drain_timeout", "fake_step_seconds", "input_retention", "max_defer", "max_queued", "max_queued_per_tenant",
+    "max_wait", "priority_seconds", "progress_interval", "retry_delay", "retry_grace",
 )  # fmt: skip
 MAX_SECONDS: Final = 100 * 365 * 24 * 3600.0
 """No time may be longer; clocks and timers go no further than some centuries."""
@@ -66,6 +66,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes_in_flight: int = 256 * 1024 * 1024
     max_prompt_bytes: int = 16 * 1024
     max_job_age: float = 24 * 3600.0
+    max_defer: float = 30 * 24 * 3600.0
+    max_queued: int = 20_000
+    max_queued_per_tenant: int = 10_000
+    refuse_late: bool = True
 
     # Retention
     input_retention: float = 0.0
@@ -85,6 +89,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     stall_limit: float = 60.0
     phase_limit: float = 600.0
     attempts: int = 3
+    crash_limit: int = 2
     attempt_timeout: float = 600.0
     retry_delay: float = 1.0
     priority_seconds: float = 30.0
@@ -101,6 +106,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             prompt_bytes=self.max_prompt_bytes,
             pictures=PictureLimits(file_bytes=self.max_image_bytes, side=self.max_image_side),
             max_deadline=self.max_job_age,
+            max_defer=self.max_defer,
         )
 
     @property

@@ -34,7 +34,10 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
             redis,
             settings.queue,
             attempts=settings.attempts,
+            crash_limit=settings.crash_limit,
             priority_seconds=settings.priority_seconds,
+            max_queued=settings.max_queued,
+            refuse_late=settings.refuse_late,
         )
         blobs = await stack.enter_async_context(open_blobs(settings.blobs, redis, queue.prefix))
         yield Parts(settings, queue, blobs)

@@ -5,6 +5,7 @@ runner's decision is written. arq's polling, tries, time limits and signals are 
 """
 
 import asyncio
+import math
 import random
 from typing import Any, Final
 
@@ -16,12 +17,12 @@ from img2img.errors import LeaseLost, Unavailable
 from img2img.jobs import Failure, Outcome, StopReason
 from img2img.queue import Claim, JobQueue, WorkerInfo
 from img2img.settings import Settings
+from worker.heart import RETRY_SECONDS, Heart
 from worker.runner import Decision, JobRunner, Lost, Release, Stop
 
 NEVER: Final = 30 * 24 * 3600
 MAX_IDLE_WAIT: Final = 5.0
-RETRY_SECONDS: Final = 0.5
-NO_DECISION: Final = Release(Failure("engine_failed", "The attempt ended without a decision"), spent=True)
+NO_DECISION: Final = Release(Failure("engine_failed", "The attempt ended without a decision"), "failures")
 
 log = structlog.get_logger(__name__)
 
@@ -51,19 +52,27 @@ class Consumer(Worker):
         self._running: dict[str, Claim] = {}
         self._decisions: dict[int, Decision] = {}
         self._claim_number = 0
+        self._heart = Heart(queue.name, info, settings, self._stop_jobs)
         self._draining = asyncio.Event()
         self._slot_freed = asyncio.Event()
+        # When draining began, and when what still ran was interrupted (the loop's clock).
+        self._drained_at = self._interrupted_at = math.inf
 
     async def main(self) -> None:
-        """Run until :meth:`drain`; a side task that dies takes the worker down with it."""
-        await self._beat_once()
+        """Run until :meth:`drain`; a side task that dies takes the worker down with it, as does its heart."""
+        lease = self._settings.lease
+        await self._queue.beat(self._info, (), lease=lease, ttl=2 * lease)
         log.info("worker_ready", worker=self._info.id, engine=self._info.engine, model=self._info.model)
-        async with asyncio.TaskGroup() as group:
-            beat = group.create_task(self._beat_forever(), name="beat")
+        async with self._heart, asyncio.TaskGroup() as group:
+            beat = group.create_task(self._heart.beating(), name="beat")
             control = group.create_task(self._obey_forever(), name="control")
-            await self._claim_until_drained()
+            claiming = group.create_task(self._claim_until_drained(), name="claim")
+            await self._draining.wait()
             # Shutdown: nothing new is claimed from here; running jobs get their time, then are
-            # interrupted and handed back; the beat keeps their leases until the last one is written.
+            # interrupted and handed back; the heart keeps their leases until the last one is written.
+            self._heart.drain()
+            await asyncio.wait({claiming}, timeout=lease)
+            claiming.cancel()
             await self._finish_running()
             beat.cancel()
             control.cancel()
@@ -71,7 +80,13 @@ class Consumer(Worker):
 
     def drain(self) -> None:
         """Stop claiming; ``main`` returns when the running jobs are done or handed back."""
-        self._draining.set()
+        if not self._draining.is_set():
+            self._drained_at = self.loop.time()
+            self._draining.set()
+
+    def stop_beating(self) -> None:
+        """Let the leases run out, so that the jobs run elsewhere; from any thread."""
+        self._heart.stop()
 
     async def _claim_until_drained(self) -> None:
         while not self._draining.is_set():
@@ -109,6 +124,7 @@ class Consumer(Worker):
         arq_id = "{" + claim.id.replace("-", "}-", 1)
         self._held[claim.fence] = claim
         self._stops[claim.fence] = Stop()
+        self._heart.held = tuple(self._held.values())
         before = self.tasks.get(arq_id)
         task = asyncio.create_task(self._run_after(before, arq_id, claim), name=f"job-{claim.id}")
         self.tasks[arq_id] = task
@@ -129,6 +145,7 @@ class Consumer(Worker):
             del self.tasks[arq_id]
             self._running.pop(arq_id, None)
         del self._held[claim.fence], self._stops[claim.fence]
+        self._heart.held = tuple(self._held.values())
         self._decisions.pop(claim.fence, None)
         self._slot_freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -140,48 +157,42 @@ class Consumer(Worker):
         self._decisions[claim.fence] = await self._runner.run(claim, self._stops[claim.fence])
 
     async def finish_job(self, job_id: str, *_: Any) -> None:
-        """Write the runner's decision, however long the server stays away; the fence guards what is stale."""
+        """Write the runner's decision, however long the server stays away; the fence guards what is stale.
+
+        A worker that was told to stop gives up a lease after its jobs were interrupted: they run again elsewhere.
+        """
         claim = self._running[job_id]
         decision = self._decisions.get(claim.fence, NO_DECISION)
-        while True:
+        began = self.loop.time()
+        while self.loop.time() - max(began, self._interrupted_at) < self._settings.lease:
             try:
-                await self._write(claim, decision)
+                async with asyncio.timeout(self._settings.lease if self._draining.is_set() else None):
+                    await self._write(claim, decision)
             except LeaseLost:
                 log.warning("result_discarded", job=claim.id, fence=claim.fence)
                 return
-            except Unavailable as exc:
+            except (Unavailable, TimeoutError) as exc:
                 log.warning("finish_retried", job=claim.id, error=str(exc))
                 await self._pause()
             else:
                 self._runner.note(claim, decision)
                 return
+        log.error("finish_given_up", job=claim.id, fence=claim.fence)
 
     async def finish_failed_job(self, job_id: str, result_data: bytes | None) -> None:
-        """arq could not even start it (payload gone or broken): give the claim back, spent."""
+        """arq could not even start it (payload gone or broken): give the claim back, as a failure."""
         await self.finish_job(job_id)
 
     async def _write(self, claim: Claim, decision: Decision) -> None:
         match decision:
             case Outcome():
                 await self._queue.finish(claim, decision)
-            case Release(why, spent, delay):
-                await self._queue.release(claim, why, spent=spent, delay=delay)
+            case Release(why, kind, delay):
+                await self._queue.release(claim, why, kind, delay=delay)
             case Lost():
                 return
 
-    async def _beat_forever(self) -> None:
-        while True:
-            await asyncio.sleep(self._settings.beat)
-            try:
-                await self._beat_once()
-            except Unavailable as exc:
-                log.warning("beat_failed", error=str(exc))
-
-    async def _beat_once(self) -> None:
-        info, ttl = self._info, 2 * self._settings.lease
-        if self._draining.is_set():
-            info = msgspec.structs.replace(info, slots=0)
-        stops = await self._queue.beat(info, list(self._held.values()), lease=self._settings.lease, ttl=ttl)
+    def _stop_jobs(self, stops: dict[int, StopReason]) -> None:
         for fence, reason in stops.items():
             if stop := self._stops.get(fence):
                 stop.set(reason)
@@ -205,24 +216,18 @@ class Consumer(Worker):
     async def _finish_running(self) -> None:
         if self.tasks:
             log.info("draining", jobs=len(self.tasks), seconds=self._settings.drain_timeout)
-            await self._tell_no_slots()
-        if self.tasks:
-            await asyncio.wait(self.tasks.values(), timeout=self._settings.drain_timeout)
+            left = self._drained_at + self._settings.drain_timeout - self.loop.time()
+            await asyncio.wait(self.tasks.values(), timeout=max(left, 0))
+        self._interrupted_at = self.loop.time()
         for stop in self._stops.values():
             stop.set(StopReason.SHUTDOWN)
         if self.tasks:
             await asyncio.wait(self.tasks.values())
 
-    async def _tell_no_slots(self) -> None:
-        """A worker that drains is alive, but nobody should count on it; the next beat would say so too."""
-        try:
-            await self._beat_once()
-        except Unavailable as exc:
-            log.warning("beat_failed", error=str(exc))
-
     async def _sign_off(self) -> None:
         """Leave the list of workers, and pass on a wake token that may have been taken on the way out."""
         try:
-            await self._queue.sign_off(self._info.id)
-        except Unavailable as exc:
+            async with asyncio.timeout(self._settings.lease):
+                await self._queue.sign_off(self._info.id)
+        except (Unavailable, TimeoutError) as exc:
             log.warning("sign_off_failed", error=str(exc))

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from typing import Final, Self, TypeVar
+from typing import Final, Literal, Self, TypeVar
 
 import msgspec
 import structlog
@@ -37,6 +37,7 @@ from img2img.server import milliseconds
 from img2img.settings import Settings
 from worker.engines.base import Engine, Image, Notice, Pictures, Progress, Task
 from worker.images import decode_inputs, encode_picture, resolve_size
+from worker.watchdog import JobWatch, Watchdog
 
 MAX_RETRY_DELAY: Final = 60.0
 BLOB_RETRY_SECONDS: Final = (0.25, 0.75)
@@ -46,10 +47,10 @@ log = structlog.get_logger(__name__)
 
 
 class Release(msgspec.Struct, frozen=True):
-    """The job goes back into the queue; ``spent`` counts the attempt, ``delay`` is in seconds."""
+    """The job goes back into the queue; ``kind`` is what the attempt counts as, ``delay`` is in seconds."""
 
     why: Failure
-    spent: bool
+    kind: Literal["failures", "interruptions"]
     delay: float = 0.0
 
 
@@ -105,11 +106,16 @@ class StageClock:
 class Attempt:
     """What one attempt has gathered so far."""
 
-    def __init__(self, claim: Claim, executed_by: str) -> None:
+    def __init__(self, claim: Claim, executed_by: str, watch: JobWatch) -> None:
         self.claim = claim
+        self.watch = watch
         self.clock = StageClock((claim.claimed_at - claim.created_at) / 1000)
         self.running = Running(executed_by=executed_by)
         self.warnings = list(claim.spec.warnings)
+
+    def enter(self, stage: Stage) -> None:
+        self.clock.enter(stage)
+        self.watch.enter(stage)
 
     def outcome(self, state: JobState, error: Failure | None = None, result: Result | None = None) -> Outcome:
         self.clock.close()
@@ -168,19 +174,33 @@ class Reporter:
 
 
 class JobRunner:
-    """Runs claimed jobs on one engine, each in an attempt of its own."""
+    """Runs claimed jobs on one engine, each in an attempt of its own, which the watchdog watches."""
 
-    def __init__(self, queue: JobQueue, blobs: BlobStore, engine: Engine, settings: Settings, worker: str) -> None:
+    def __init__(
+        self,
+        queue: JobQueue,
+        blobs: BlobStore,
+        engine: Engine,
+        settings: Settings,
+        worker: str,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         self._queue = queue
         self._blobs = blobs
         self._engine = engine
         self._settings = settings
         self._executed_by = f"{engine.info.name}/{engine.info.model} on {worker}"
+        # One that is never opened watches nothing.
+        self._watchdog = watchdog or Watchdog(settings.stall_limit, settings.phase_limit)
+        self._waiting: set[JobWatch] = set()
 
     async def run(self, claim: Claim, stop: Stop) -> Decision:
         """Make the picture, or say why not; never raises for what can go wrong with a job."""
-        with telemetry.process_span(self._queue.name, claim.spec, claim.attempt) as span:
-            attempt = Attempt(claim, self._executed_by)
+        with (
+            telemetry.process_span(self._queue.name, claim.spec, claim.attempt) as span,
+            self._watchdog.job(claim.id) as watch,
+        ):
+            attempt = Attempt(claim, self._executed_by, watch)
             try:
                 decision: Decision = await self._make_or_stop(attempt, stop)
             except Img2ImgError as exc:
@@ -223,24 +243,24 @@ class JobRunner:
         raise AttemptTimeout(f"The attempt took longer than {allowed:g} s")
 
     async def _make(self, attempt: Attempt, stop: Stop) -> Outcome:
-        spec, clock = attempt.claim.spec, attempt.clock
-        inputs = await self._load(spec.inputs)
-        clock.enter(Stage.DECODE)
+        spec = attempt.claim.spec
+        inputs = await self._load(attempt, spec.inputs)
+        attempt.enter(Stage.DECODE)
         limits = self._settings.request_limits.pictures
         pictures = Pictures() if inputs is None else await asyncio.to_thread(decode_inputs, inputs, limits)
         async with Reporter(self._queue, attempt, stop, self._settings.progress_interval) as reporter:
             image = await self._generate(attempt, pictures, reporter)
-        clock.enter(Stage.ENCODE)
+        attempt.enter(Stage.ENCODE)
         options = spec.options
         data = await asyncio.to_thread(encode_picture, image.picture, options.output_format, options.output_quality)
-        clock.enter(Stage.STORE)
-        result = await self._store(attempt.claim, image, data)
+        attempt.enter(Stage.STORE)
+        result = await self._store(attempt, image, data)
         return attempt.outcome(JobState.SUCCEEDED, result=result)
 
-    async def _load(self, key: str | None) -> Inputs | None:
+    async def _load(self, attempt: Attempt, key: str | None) -> Inputs | None:
         if key is None:
             return None
-        data = await _patiently(lambda: self._blobs.get(key))
+        data = await _patiently(attempt, lambda: self._blobs.get(key))
         if data is None:
             raise InputGone("The job's input picture is no longer stored: send the request again")
         return msgspec.msgpack.decode(data, type=Inputs)
@@ -248,17 +268,29 @@ class JobRunner:
     async def _generate(self, attempt: Attempt, pictures: Pictures, reporter: Reporter) -> Image:
         task = self._task(attempt.claim, pictures)
         attempt.running = msgspec.structs.replace(attempt.running, width=task.width, height=task.height)
-        async with aclosing(self._engine.generate(task, pictures)) as outputs:  # type: ignore[type-var]
-            async for output in outputs:
-                match output:
-                    case Progress():
-                        attempt.clock.enter(output.stage)
-                        reporter.report(output)
-                    case Notice():
-                        attempt.warnings.append(output.message)
-                    case Image():
-                        return output
+        self._waiting.add(attempt.watch)
+        try:
+            async with aclosing(self._engine.generate(task, pictures)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    self._served(attempt.watch)
+                    match output:
+                        case Progress():
+                            attempt.clock.enter(output.stage)
+                            attempt.watch.progress(output, (task.width, task.height))
+                            reporter.report(output)
+                        case Notice():
+                            attempt.warnings.append(output.message)
+                        case Image():
+                            return output
+        finally:
+            self._served(attempt.watch)
         raise EngineFailed("The engine ended without a picture")
+
+    def _served(self, watch: JobWatch) -> None:
+        """The engine gets on with one job: a sign of life of those, too, that wait for their turn at it."""
+        self._waiting.discard(watch)
+        for waiting in self._waiting:
+            waiting.renew()
 
     def _task(self, claim: Claim, pictures: Pictures) -> Task:
         asked, options = claim.spec.parameters, claim.spec.options
@@ -275,10 +307,11 @@ class JobRunner:
             sampler=options.sampler,
         )
 
-    async def _store(self, claim: Claim, image: Image, data: bytes) -> Result:
+    async def _store(self, attempt: Attempt, image: Image, data: bytes) -> Result:
+        claim = attempt.claim
         key = f"result:{claim.id}.{claim.fence}"
         expires_at = int(time.time() * 1000) + milliseconds(self._settings.result_retention)
-        await _patiently(lambda: self._blobs.put(key, data, expires_at))
+        await _patiently(attempt, lambda: self._blobs.put(key, data, expires_at))
         return Result(
             blob=key,
             media_type=claim.spec.options.output_format.media_type,
@@ -300,12 +333,12 @@ class JobRunner:
                 return attempt.outcome(JobState.EXPIRED, failure)
             case Interrupted():
                 attempt.clock.close()
-                return Release(failure, spent=False)
+                return Release(failure, "interruptions")
             case InvalidRequest() | JobError(retryable=False):
                 return attempt.outcome(JobState.FAILED, failure)
             case _:
                 attempt.clock.close()
-                return Release(failure, spent=True, delay=self._retry_delay(attempt.claim.attempt))
+                return Release(failure, "failures", delay=self._retry_delay(attempt.claim.attempt))
 
     def _retry_delay(self, attempt: int) -> float:
         """Exponential back-off with full jitter, in seconds."""
@@ -320,12 +353,12 @@ class JobRunner:
                 code = None if decision.error is None else decision.error.code
                 log.info("job_ended", job=claim.id, state=decision.state.value, code=code)
             case Release():
-                log.info("job_released", job=claim.id, code=decision.why.code, spent=decision.spent)
+                log.info("job_released", job=claim.id, code=decision.why.code, counted_as=decision.kind)
             case Lost():
                 log.warning("lease_lost", job=claim.id, fence=claim.fence)
 
 
-async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+async def _patiently(attempt: Attempt, call: Callable[[], Awaitable[T]]) -> T:
     """Repeat a blob's transfer while the store cannot be reached: the picture is worth more than the wait.
 
     The attempt's own limits end it: deadline, time limit, a lost lease, a cancel.
@@ -335,6 +368,7 @@ async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
             return await call()
         except Unavailable as exc:
             log.warning("blob_retried", error=str(exc))
+            attempt.watch.renew()
             await asyncio.sleep(random.uniform(*BLOB_RETRY_SECONDS))  # noqa: S311
 
 

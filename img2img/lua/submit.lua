@@ -1,11 +1,14 @@
 -- Accepts a job, or answers with the one that this request joins. Running it twice changes nothing.
--- ARGV: queue, spec (JSON, stored as it is), order (JSON):
---   id, account, fingerprint, lifetime, keep, boost, attempts, reject_if_busy,
+-- ARGV: queue, spec (JSON, stored as it is), order (JSON; times in ms):
+--   id, account, fingerprint, lifetime, keep, boost, max_failures, max_crashes, reject_if_busy,
+--   not_before (since 1970, or 0), own_deadline (whether `lifetime` was asked for), max_queued, max_queued_account (0: no limit), refuse_late,
+--   weight, size, pixels (0: the model's own), steps: what the work is and at whose expense
 --   inputs: null | blob key, join: null | {key, mode = "idempotency" | "first" | "retry", ttl}, waiter: null | {id, ttl, grace}
---   horizon (the longest that any job of the account may be known; times in ms)
+--   horizon (the longest that any job of the account may be known)
 -- Returns {'created'} | {'joined', id} | {'conflict'} | {'busy'}
+--   | {'full' | 'full_account' | 'late', seconds until it is worth trying again, expected seconds to completion or ''}
 local spec, order = ARGV[2], cjson.decode(ARGV[3])
-local id, key, arq = order.id, job_key(order.id), arq_id(order.id)
+local id, key, arq, account = order.id, job_key(order.id), arq_id(order.id), order.account
 local join = order.join ~= cjson.null and order.join or nil
 local waiter = order.waiter ~= cjson.null and order.waiter or nil
 local join_key = join and P .. 'join:' .. QUEUE .. ':' .. join.key
@@ -24,17 +27,7 @@ local function joinable()
   return known
 end
 
-local function free_slots()
-  local slots = 0
-  for _, worker in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, int(NOW), '+inf')) do
-    slots = slots + cjson.decode(redis.call('HGET', WORKER_INFO, worker)).slots
-  end
-  return slots - redis.call('ZCARD', OWN.ready) - redis.call('ZCARD', OWN.delayed) - redis.call('ZCARD', OWN.leases)
-end
-
-if redis.call('EXISTS', key) == 1 then return { 'created' } end
-local known = joinable()
-if known then
+local function joined(known)
   if known[2] ~= order.fingerprint then return { 'conflict' } end
   if join.mode == 'retry' then redis.call('PEXPIRE', join_key, int(join.ttl)) end
   if not waiter then
@@ -45,23 +38,61 @@ if known then
   end
   return { 'joined', known[1] }
 end
-if order.reject_if_busy and free_slots() <= 0 then return { 'busy' } end
 
-local ttl = int(order.lifetime + order.keep)
-local score, expires = int(NOW - order.boost), int(NOW + order.lifetime)
-redis.call('HSET', key, 'spec', spec, 'account', order.account, 'queue', QUEUE, 'state', 'queued', 'created', int(NOW),
-  'expires', expires, 'score', score, 'keep', int(order.keep), 'attempts', order.attempts, 'attempt', 0)
+local area = relative_area(OWN, order.pixels)
+local seconds, measured = service_seconds(OWN, order.size, order.steps, area)
+local score, since = NOW - order.boost, math.max(NOW, order.not_before)
+-- A job that comes with a deadline of its own must be done by it; any other has its time from when it may start.
+local expires = order.own_deadline and NOW + order.lifetime or since + order.lifetime
+
+local function expectation()
+  local ahead = redis.call('ZCOUNT', OWN.ready .. account, '-inf', int(score))
+  local wait = wait_for_slot(OWN, work_before(OWN, account, ahead))
+  return wait and measured and completion(OWN, wait, seconds)
+end
+
+local function refusal()
+  local queued = redis.call('ZCARD', OWN.expiry)
+  -- With nothing queued nobody has anything queued: a count that says otherwise lost track of a vanished record.
+  if queued == 0 then redis.call('DEL', OWN.tenant .. account) end
+  local mine = number_of(OWN.tenant .. account, 'queued')
+  local full = order.max_queued > 0 and queued >= order.max_queued and 'full'
+    or order.max_queued_account > 0 and mine >= order.max_queued_account and 'full_account'
+  local expected = order.not_before <= NOW and expectation()
+  if full then
+    local pause = expected and expected.expected / math.max(full == 'full' and queued or mine, 1) or 1
+    return { full, decimal(math.min(math.max(pause, 1), 60)), expected and decimal(expected.p50) or '' }
+  elseif order.refuse_late and expected and NOW + 1000 * expected.p50 > expires then
+    return { 'late', decimal(math.min(math.max(expected.p50 - order.lifetime / 1000, 1), 600)), decimal(expected.p50) }
+  end
+  return nil, expected
+end
+
+local function is_busy()
+  return number_of(OWN.totals, 'slots') - redis.call('ZCARD', OWN.expiry) - redis.call('ZCARD', OWN.leases) <= 0
+end
+
+if redis.call('EXISTS', key) == 1 then return { 'created' } end
+local known = joinable()
+if known then return joined(known) end
+if order.reject_if_busy and is_busy() then return { 'busy' } end
+local refused, expected = refusal()
+if refused then return refused end
+
+local ttl = int(expires - NOW + order.keep)
+redis.call('HSET', key, 'spec', spec, 'account', account, 'queue', QUEUE, 'created', int(NOW), 'since', int(since),
+  'expires', int(expires), 'score', int(score), 'keep', int(order.keep), 'attempt', 0,
+  'max_failures', order.max_failures, 'max_crashes', order.max_crashes,
+  'size', order.size, 'steps', order.steps, 'area', decimal(area), 'seconds', decimal(seconds), 'weight', order.weight)
 if order.inputs ~= cjson.null then redis.call('HSET', key, 'inputs', order.inputs) end
+if expected then redis.call('HSET', key, 'expected', decimal(expected.expected), 'bucket', expected.bucket) end
 redis.call('PEXPIRE', key, ttl)
-local payload = cjson.encode({ t = cjson.null, f = 'generate', a = { id }, k = {}, et = NOW })
-redis.call('SET', 'arq:job:' .. arq, payload, 'PX', ttl)
+redis.call('SET', 'arq:job:' .. arq, arq_payload(id), 'PX', ttl)
 redis.call('ZADD', OWN.alive, int(NOW), arq)
-redis.call('ZADD', OWN.ready, score, id)
-redis.call('ZADD', OWN.expiry, expires, id)
-emit(id, 'queued', '{}')
+enqueue(id, since, '{}')
 redis.call('PEXPIRE', P .. 'events:' .. id, ttl)
 
-local mine = P .. 'account:' .. order.account
+local mine = P .. 'account:' .. account
 redis.call('ZADD', mine, int(NOW), id)
 redis.call('ZREMRANGEBYSCORE', mine, '-inf', int(NOW - order.horizon))
 redis.call('PEXPIRE', mine, int(order.horizon))
@@ -71,5 +102,4 @@ if join then
   redis.call('PEXPIRE', join_key, int(join.ttl))
 end
 if waiter then wait_for(id, waiter.id, waiter.ttl, waiter.grace) end
-wake(OWN)
 return { 'created' }

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from gateway.service import JobService, Order
+from gateway.tenants import Tenants
 from img2img.blobs import RedisBlobs
 from img2img.errors import IdempotencyConflict, JobNotFound, NoCapacity, Unavailable
 from img2img.events import EventHub
@@ -73,7 +74,7 @@ def queue(parts: Parts) -> ForgetfulQueue:
 
 @pytest.fixture
 def service(parts: Parts, hub: EventHub, queue: ForgetfulQueue) -> JobService:
-    return JobService(msgspec.structs.replace(parts, queue=queue), hub)
+    return JobService(msgspec.structs.replace(parts, queue=queue), hub, Tenants.open_local())
 
 
 def order(**body: Any) -> Order:
@@ -114,7 +115,7 @@ async def test_a_refused_request_leaves_no_input(parts: Parts, service: JobServi
 async def test_a_call_cut_off_before_its_submit_leaves_no_input(parts: Parts, hub: EventHub) -> None:
     """A picture that was on its way when the caller went is deleted as soon as it is there."""
     blobs = SlowBlobs(parts.queue.redis, parts.queue.prefix)
-    service = JobService(msgspec.structs.replace(parts, blobs=blobs), hub)
+    service = JobService(msgspec.structs.replace(parts, blobs=blobs), hub, Tenants.open_local())
     call = asyncio.create_task(service.create(order()))
     await blobs.stored.wait()
     assert await input_blobs(parts) == 1

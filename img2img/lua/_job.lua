@@ -1,0 +1,160 @@
+-- A job's transitions.
+
+local HISTORY = 20
+
+local function unlist(id, queue)
+  local account = field(id, 'account')
+  redis.call('ZREM', queue.alive, arq_id(id))
+  redis.call('ZREM', queue.delayed, id)
+  redis.call('ZREM', queue.suspects, id)
+  redis.call('ZREM', queue.abandon, id)
+  leave_running(queue, id)
+  if not account then
+    redis.call('ZREM', queue.expiry, id)
+    return
+  end
+  leave_queued(queue, id, account)
+  if redis.call('ZREM', queue.ready .. account, id) == 1 then
+    left_ready(queue, account, tonumber(field(id, 'seconds')))
+  end
+end
+
+-- An index can outlive a record, when nobody swept for longer than the record is kept. Such a member goes.
+local function exists(id)
+  if redis.call('HEXISTS', job_key(id), 'spec') == 1 then return true end
+  unlist(id, OWN)
+  return false
+end
+
+local function arq_payload(id)
+  return cjson.encode({ t = cjson.null, f = 'generate', a = { id }, k = {}, et = NOW })
+end
+
+local function failure(code, message) return { code = code, message = message } end
+
+local function error_outcome(state, code, message)
+  return cjson.encode({ state = state, error = failure(code, message) })
+end
+
+-- Notes how an attempt ended that brought no result: `kind` is its counter, failures | crashes | interruptions.
+local function note_attempt(id, kind, code, message)
+  local key = job_key(id)
+  local job = redis.call('HMGET', key, 'history', 'attempt', 'worker', 'started')
+  local history = job[1] and cjson.decode(job[1]) or {}
+  history[#history + 1] = {
+    attempt = tonumber(job[2]), worker = job[3], started_at = tonumber(job[4]), ended_at = NOW,
+    error = failure(code, message),
+  }
+  if #history > HISTORY then table.remove(history, 1) end
+  redis.call('HSET', key, 'history', cjson.encode(history))
+  return redis.call('HINCRBY', key, kind, 1)
+end
+
+-- Tells upkeep that a job's input is not needed any more, or only for a replay within `kept` milliseconds.
+local function discard_inputs(inputs, kept)
+  if inputs then redis.call('RPUSH', DISCARD, int(kept) .. ' ' .. inputs) end
+end
+
+-- The only way into a terminal state: record, terminal event, arq's result and every index in one go.
+local function finalize(id, state, outcome)
+  local key, arq, queue = job_key(id), arq_id(id), keys_of_job(id)
+  local job = redis.call('HMGET', key, 'keep', 'attempt', 'created', 'started', 'inputs', 'quarantined')
+  local keep = tonumber(job[1])
+  redis.call('HSET', key, 'state', state, 'finished', int(NOW), 'outcome', outcome)
+  if state == 'succeeded' then learn(queue, id) end
+  local result = cjson.encode({
+    t = tonumber(job[2]), f = 'generate', a = { id }, k = {}, et = tonumber(job[3]),
+    s = state == 'succeeded', r = outcome, st = tonumber(job[4] or NOW), ft = NOW, q = queue.alive, id = arq,
+  })
+  redis.call('SET', 'arq:result:' .. arq, result, 'PX', int(keep))
+  redis.call('DEL', 'arq:job:' .. arq, 'arq:in-progress:' .. arq, 'arq:retry:' .. arq, P .. 'waiters:' .. id)
+  unlist(id, queue)
+  emit(id, state, outcome)
+  redis.call('PEXPIRE', key, int(keep))
+  redis.call('PEXPIRE', P .. 'events:' .. id, int(keep))
+  discard_inputs(job[5], job[6] and keep or 0)
+end
+
+local function expire(id, doing)
+  finalize(id, 'expired', error_outcome('expired', 'expired', 'The deadline passed before the job ' .. doing))
+end
+
+local function cancel(id, reason)
+  finalize(id, 'canceled', error_outcome('canceled', 'canceled', 'Canceled: ' .. reason))
+end
+
+-- Ready for a worker. A job whose worker died runs alone next time, so that only the culprit is found guilty twice.
+local function make_ready(queue, id)
+  if field(id, 'crashes') then
+    redis.call('ZADD', queue.suspects, int(NOW), id)
+  else
+    enter_ready(queue, id)
+  end
+  wake(queue)
+end
+
+-- Into the queue: ready at `due`, or at once when that has passed.
+local function enqueue(id, due, data)
+  local queue = keys_of_job(id)
+  redis.call('HSET', job_key(id), 'state', 'queued')
+  enter_queued(queue, id, field(id, 'account'))
+  if due > NOW then
+    redis.call('ZADD', queue.delayed, int(due), id)
+    wake(queue)
+  else
+    make_ready(queue, id)
+  end
+  emit(id, 'queued', data)
+end
+
+-- Back into the queue, at its old place; `delay` in milliseconds.
+local function requeue(id, delay, code, message)
+  redis.call('HDEL', job_key(id), 'worker', 'running', 'fence')
+  leave_running(keys_of_job(id), id)
+  redis.call('DEL', 'arq:in-progress:' .. arq_id(id))
+  enqueue(id, NOW + delay, cjson.encode({ error = failure(code, message) }))
+end
+
+-- A claimed job whose attempt brought no result: again, unless it was told to stop, or its time or its attempts are up.
+local function retry_or_end(id, kind, delay, code, message)
+  local key, count = job_key(id), note_attempt(id, kind, code, message)
+  redis.call('HDEL', key, 'fence')
+  local job = redis.call('HMGET', key, 'stop', 'expires', 'max_' .. kind)
+  local limit = tonumber(job[3])
+  if job[1] then
+    cancel(id, job[1])
+  elseif NOW >= tonumber(job[2]) then
+    expire(id, 'was done')
+  elseif not limit or count < limit then
+    requeue(id, delay, code, message)
+  elseif kind == 'crashes' then
+    redis.call('HSET', key, 'quarantined', 1)
+    redis.call('ZADD', keys_of_job(id).quarantine, int(NOW), id)
+    local why = 'Its worker died ' .. count .. ' times while running it: replay it when the cause is mended'
+    finalize(id, 'failed', error_outcome('failed', 'quarantined', why))
+  else
+    finalize(id, 'failed', error_outcome('failed', code, message))
+  end
+end
+
+local function request_stop(id, reason)
+  local job = redis.call('HMGET', job_key(id), 'state', 'worker')
+  if job[1] == 'queued' then
+    redis.call('HSET', job_key(id), 'stop', reason)
+    cancel(id, reason)
+    return 'canceled'
+  elseif job[1] == 'running' then
+    redis.call('HSETNX', job_key(id), 'stop', reason)
+    redis.call('RPUSH', P .. 'control:' .. job[2], id .. ' ' .. reason)
+    redis.call('PEXPIRE', P .. 'control:' .. job[2], 60000)
+  end
+  return job[1]
+end
+
+-- Registers interest in a job that ends when nobody waits for it any more.
+local function wait_for(id, waiter, ttl, grace)
+  local waiters = P .. 'waiters:' .. id
+  redis.call('ZADD', waiters, int(NOW + ttl), waiter)
+  redis.call('PEXPIRE', waiters, int(ttl + grace + 60000))
+  redis.call('ZADD', OWN.abandon, 'GT', int(NOW + ttl + grace), id)
+end

@@ -1,0 +1,20 @@
+-- Runs an ended job again under its id, as if it had just been submitted; its log and its history go on.
+-- ARGV: queue, id, lifetime ms
+-- Returns its state before, or nil when there is none; only a failed, canceled or expired one is queued anew.
+local id, lifetime = ARGV[2], tonumber(ARGV[3])
+local key, arq = job_key(id), arq_id(id)
+local state = field(id, 'state')
+if state ~= 'failed' and state ~= 'canceled' and state ~= 'expired' then return state end
+local queue, ttl = keys_of_job(id), int(lifetime + field(id, 'keep'))
+redis.call('HDEL', key, 'outcome', 'finished', 'started', 'stop', 'running', 'worker', 'fence', 'quarantined', 'expected',
+  'failures', 'crashes', 'interruptions')
+redis.call('HSET', key, 'expires', int(NOW + lifetime), 'score', int(NOW), 'since', int(NOW))
+redis.call('HINCRBY', key, 'replays', 1)
+redis.call('PEXPIRE', key, ttl)
+redis.call('PEXPIRE', P .. 'events:' .. id, ttl)
+redis.call('DEL', 'arq:result:' .. arq)
+redis.call('SET', 'arq:job:' .. arq, arq_payload(id), 'PX', ttl)
+redis.call('ZADD', queue.alive, int(NOW), arq)
+redis.call('ZREM', queue.quarantine, id)
+enqueue(id, NOW, cjson.encode({ replays = tonumber(field(id, 'replays')) }))
+return state
