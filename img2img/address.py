@@ -11,6 +11,7 @@ from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from redis.asyncio.connection import Connection, SSLConnection, parse_url
 from redis.asyncio.sentinel import Sentinel
+from redis.exceptions import RedisError
 
 from img2img.errors import ConfigurationError
 
@@ -152,9 +153,16 @@ def _check_query(scheme: str, query: dict[str, str]) -> None:
 
 def _parsed(url: str) -> dict[str, Any]:
     try:
-        return dict(parse_url(url))
+        options = dict(parse_url(url))
     except ValueError:
         _refuse("it cannot be read")
+    tls: dict[str, Any] = {name: value for name, value in options.items() if name in TLS_OPTIONS}
+    if tls:
+        try:
+            SSLConnection(**tls).ssl_context.get()
+        except (OSError, RedisError) as exc:
+            _refuse(f"its ssl_ options cannot be used ({exc})")
+    return options
 
 
 def _refuse(reason: str) -> NoReturn:
