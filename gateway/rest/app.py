@@ -1,5 +1,6 @@
 """The REST application: routes, shared state and the handlers of last resort."""
 
+import asyncio
 import importlib.metadata
 import re
 from typing import Final
@@ -7,6 +8,7 @@ from typing import Final
 from litestar import Litestar, Response
 from litestar.di import Provide
 from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from opentelemetry import trace
 
 from gateway.budget import Budgets
@@ -19,7 +21,7 @@ from gateway.rest.openapi import openapi_config
 from gateway.rest.operations import live, metrics, ready
 from gateway.service import JobService
 from gateway.tenants import Tenants
-from img2img.errors import Img2ImgError
+from img2img.errors import Img2ImgError, Unavailable
 from img2img.settings import Settings
 
 CLOUDFLARE_PREFIX: Final = "/client/v4"
@@ -37,12 +39,34 @@ def build_app(service: JobService, tenants: Tenants, settings: Settings, budgets
             HTTPException: _on_http_exception,
             Exception: problems.on_unexpected,
         },
+        middleware=[_answering_when_cut_off],
         openapi_config=openapi_config(importlib.metadata.version("img2img")),
         # The routes bound bodies themselves, while they arrive, with errors in their own dialect.
         request_max_body_size=None,
         before_request=_name_span,
         logging_config=None,
     )
+
+
+def _answering_when_cut_off(app: ASGIApp) -> ASGIApp:
+    """uvicorn cancels what is not done at the drain limit, and would answer 500 to a call that should be repeated."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if begun:
+                raise
+            raise Unavailable("This gateway is shutting down: send the same request again") from None
+
+    return call
 
 
 def _on_http_exception(request: AnyRequest, error: HTTPException) -> Response[bytes]:

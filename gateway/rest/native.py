@@ -152,8 +152,13 @@ class JobsController(Controller):
 
 async def _messages(front: Front, account: str, job_id: str, after: int) -> AsyncIterator[ServerSentEventMessage]:
     """The stream's messages. Once it has begun an error can only end it: the client connects again and is told."""
+    watched = front.service.watch(account, job_id, after)
     try:
-        async for events in front.service.watch(account, job_id, after):
+        while True:
+            async with front.drain.bound():
+                events = await anext(watched, None)
+            if events is None:
+                return
             if not events:
                 yield ServerSentEventMessage(data=None, comment="keep-alive")
             for event in events:

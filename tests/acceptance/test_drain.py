@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from redis import Redis
 
 from img2img.v1 import img2img_pb2 as pb
 from img2img.v1.img2img_pb2_grpc import Img2ImgServiceStub
-from tests.calls import jobs_of, run_path
-from tests.stack import Stack, eventually, state_of
+from tests.calls import jobs_of, model_error, problem, run_path
+from tests.stack import Stack, eventually, state_of, submit
 
 LIMIT = 4.0
 
@@ -88,3 +89,26 @@ def test_a_body_that_still_arrives_is_answered_before_the_limit(stack: Stack) ->
         assert b"\r\nretry-after:" in answer.lower()
         assert gateway.wait() == 0
         assert [entry for entry in gateway.entries() if entry.get("level") == "error"] == []
+
+
+def test_calls_stuck_on_a_silent_server_are_asked_to_come_again(stack: Stack, valkey_url: str) -> None:
+    """At the drain limit both dialects answer 503, each in its own form, and event streams end as they should."""
+    leaving = stack.gateway(drain_timeout="1")
+    with leaving.client() as client, ThreadPoolExecutor() as pool, Redis.from_url(valkey_url) as redis:
+        job_id = submit(client, prompt="a dog")["id"]
+        with client.stream("GET", f"/v1/jobs/{job_id}/events") as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == "id: 1"
+            redis.client_pause(30_000, all=False)
+            native = pool.submit(client.post, "/v1/jobs", json={"prompt": "a dog"})
+            cloudflare = pool.submit(client.post, run_path(), json={"prompt": "a dog"})
+            # Both calls, and the upkeep.
+            eventually(lambda: redis.info("clients")["blocked_clients"] == 3, "both calls wait for the server")
+            redis.client_pause(4000, all=True)
+            leaving.signal(signal.SIGTERM)
+            assert "shutting down" in problem(native.result(), 503, "unavailable")
+            assert native.result().headers["retry-after"] == "1"
+            assert "shutting down" in model_error(cloudflare.result(), 3043, 503, "unavailable")
+            assert not any(line.startswith("id:") for line in lines)
+    assert leaving.wait() == 0
+    assert [entry["event"] for entry in leaving.entries() if "exception" in entry] == []
