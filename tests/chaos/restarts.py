@@ -1,0 +1,122 @@
+"""How soon the jobs of a killed worker ran again, and what else the logs tell together with the faults."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Final
+
+import msgspec
+
+from img2img.jobs import JobEvent
+from tests.chaos.checker import CRASHES, Violation
+from tests.chaos.faults import Done, Kind
+from tests.chaos.fleet import Fleet
+from tests.chaos.store import Stored
+
+LIMIT: Final = 10.0
+HURTS_WORKER: Final = (Kind.WORKER_KILL, Kind.WORKER_STALL, Kind.WORKER_TERM, Kind.BLACK_HOLE)
+HURTS_SERVER: Final = (Kind.SERVER_KILL, Kind.SERVER_STALL)
+SLACK: Final = 1.0
+
+
+class Restart(msgspec.Struct, frozen=True):
+    """Seconds from a worker's SIGKILL to its job's next start; infinite when there was none in ``LIMIT``."""
+
+    job_id: str
+    worker: str
+    seconds: float
+    fair: bool
+    """The server was undisturbed and a slot idle for all of that time."""
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Something that lasted, in seconds since 1970."""
+
+    start: float
+    end: float
+
+    def meets(self, start: float, end: float) -> bool:
+        return self.start < end and start < self.end
+
+
+class Occupancy:
+    """Which slots were taken when, by the logs and by the processes' lives."""
+
+    def __init__(self, fleet: Fleet, faults: Sequence[Done], jobs: Sequence[Stored]) -> None:
+        self._slots = fleet.profile.slots
+        self._taken: dict[str, list[Span]] = {}
+        for stored in jobs:
+            for start, end in attempts(stored):
+                worker = str(start.data["worker"])
+                self._taken.setdefault(worker, []).append(Span(start.at / 1000, end))
+        lives = [life for member in fleet.workers for life in member.lives if life.ready]
+        self._lives = {life.name: Span(life.ready, life.ended or math.inf) for life in lives}
+        self._hurt: dict[str, list[Span]] = {}
+        for fault in faults:
+            if fault.kind in HURTS_WORKER:
+                self._hurt.setdefault(fault.target, []).append(Span(fault.started, fault.ended))
+
+    def always_idle(self, start: float, end: float) -> bool:
+        """Whether at any moment some healthy worker had a free slot."""
+        moments = {start}
+        for spans in (*self._taken.values(), *self._hurt.values(), self._lives.values()):
+            moments |= {edge for span in spans for edge in (span.start, span.end) if start <= edge <= end}
+        return all(self._idle(moment) for moment in moments)
+
+    def _idle(self, moment: float) -> bool:
+        return any(
+            life.start <= moment < life.end
+            and not any(hurt.start <= moment < hurt.end for hurt in self._hurt.get(name, ()))
+            and sum(taken.start <= moment < taken.end for taken in self._taken.get(name, ())) < self._slots
+            for name, life in self._lives.items()
+        )
+
+
+def attempts(stored: Stored) -> Iterator[tuple[JobEvent, float]]:
+    """Each start, and when (seconds since 1970) that attempt was over by the log."""
+    start: JobEvent | None = None
+    for event in stored.events:
+        if event.type == "running":
+            start = event
+        elif event.type != "progress" and start is not None:
+            yield start, event.at / 1000
+            start = None
+
+
+def measure_restarts(fleet: Fleet, faults: Sequence[Done], jobs: Sequence[Stored]) -> list[Restart]:
+    """One for each job that ran on a worker when it was killed, and that was queued again for it."""
+    occupancy = Occupancy(fleet, faults, jobs)
+    server = [Span(fault.started, fault.ended) for fault in faults if fault.kind in HURTS_SERVER]
+    kills = {fault.target: fault.started for fault in faults if fault.kind is Kind.WORKER_KILL}
+    found = []
+    for stored in jobs:
+        events = [event for event in stored.events if event.type != "progress"]
+        for number, event in enumerate(events[:-2]):
+            killed = kills.get(str(event.data.get("worker")), math.inf)
+            lost, again = events[number + 1], events[number + 2]
+            if event.type != "running" or lost.type != "queued" or lost.at / 1000 < killed:
+                continue
+            if again.type != "running":
+                continue  # canceled or expired while it waited
+            end = min(again.at / 1000, killed + LIMIT)
+            calm = not any(span.meets(killed - SLACK, end) for span in server)
+            fair = calm and occupancy.always_idle(killed, end)
+            found.append(Restart(stored.id, str(event.data["worker"]), again.at / 1000 - killed, fair))
+    return found
+
+
+def unexplained(fleet: Fleet, faults: Sequence[Done], jobs: Sequence[Stored]) -> Iterator[Violation]:
+    """Jobs that lost their worker although nothing had happened to it or to the server: see ``Violation``."""
+    lease = fleet.profile.lease
+    for stored in jobs:
+        events = [event for event in stored.events if event.type != "progress"]
+        for start, lost in pairwise(events):
+            error = lost.data.get("error")
+            if start.type != "running" or not isinstance(error, dict) or error["code"] not in CRASHES:
+                continue
+            worker, at = start.data["worker"], lost.at / 1000
+            reasons = (fault for fault in faults if fault.target == worker or fault.kind in HURTS_SERVER)
+            if not any(Span(fault.started, fault.ended + SLACK).meets(at - lease - SLACK, at) for fault in reasons):
+                yield Violation(
+                    f"event {lost.seq}: {worker} was lost, but nothing had happened to it or the server", stored.id
+                )

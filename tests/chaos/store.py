@@ -1,0 +1,118 @@
+"""What the server holds when all is over, read directly."""
+
+import asyncio
+import re
+from typing import Any, Final
+
+import msgspec
+
+from img2img.jobs import JobEvent, JobState, Outcome
+
+PREFIX: Final = "img2img:{0}:"
+JOB_ID: Final = re.compile(rb"\{?0\}?-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+ALIVE: Final = "arq:queue:{0}:default"
+BLOB: Final = f"{PREFIX}blob:"
+OF_LIVING_JOBS: Final = ("arq:job:", "arq:in-progress:", "arq:retry:", f"{PREFIX}waiters:")
+"""What must be gone when a job has ended."""
+
+
+class Stored(msgspec.Struct):
+    """One job: the fields of its record, its log, and arq's result."""
+
+    id: str
+    fields: dict[str, str]
+    events: list[JobEvent]
+    arq_result: bytes | None
+
+    @property
+    def state(self) -> JobState:
+        return JobState(self.fields["state"])
+
+    @property
+    def outcome(self) -> Outcome | None:
+        raw = self.fields.get("outcome")
+        return None if raw is None else msgspec.json.decode(raw, type=Outcome)
+
+    @property
+    def starts(self) -> list[JobEvent]:
+        return [event for event in self.events if event.type == "running"]
+
+    def losses(self) -> dict[str, int]:
+        """How many attempts ended otherwise than well, by the error's code."""
+        found: dict[str, int] = {}
+        for event in self.events:
+            if error := event.data.get("error"):
+                code = str(error["code"])  # type: ignore[index]
+                found[code] = found.get(code, 0) + 1
+        return found
+
+
+class Snapshot(msgspec.Struct):
+    jobs: dict[str, Stored]
+    fence: int
+    blobs: set[str]
+    """Every stored file, those of fenced attempts included."""
+    leftovers: list[str]
+    """What says that a job is alive although none is."""
+
+
+async def read_snapshot(redis: Any) -> Snapshot:
+    keys = [key async for key in redis.scan_iter(count=1000)]
+    jobs: dict[str, Stored] = {}
+    leftovers = []
+    for key in keys:
+        name = key.decode()
+        if name.startswith(f"{PREFIX}job:"):
+            job_id = name.removeprefix(f"{PREFIX}job:")
+            jobs[job_id] = await _read_job(redis, job_id)
+        elif name.startswith(OF_LIVING_JOBS):
+            leftovers.append(f"{name} is still there")
+        elif await redis.ttl(key) == -1:
+            leftovers += [f"{name} still holds {member}" for member in await _job_ids_in(redis, key)]
+            if JOB_ID.search(key):
+                leftovers.append(f"{name} has no TTL")
+    blobs = {key.decode().removeprefix(BLOB) for key in keys if key.startswith(BLOB.encode())}
+    return Snapshot(jobs, int(await redis.get(f"{PREFIX}fence") or 0), blobs, leftovers)
+
+
+async def _read_job(redis: Any, job_id: str) -> Stored:
+    raw = await redis.hgetall(f"{PREFIX}job:{job_id}")
+    log = await redis.xrange(f"{PREFIX}events:{job_id}")
+    events = [
+        JobEvent(
+            seq=int(entry_id.partition(b"-")[0]),
+            type=entry[b"type"].decode(),
+            at=int(entry[b"at"]),
+            data=msgspec.json.decode(entry[b"data"], type=dict[str, object]),
+        )
+        for entry_id, entry in log
+    ]
+    arq_result = await redis.get("arq:result:{" + job_id.replace("-", "}-", 1))
+    return Stored(job_id, {name.decode(): value.decode() for name, value in raw.items()}, events, arq_result)
+
+
+async def _job_ids_in(redis: Any, key: bytes) -> list[str]:
+    """The jobs that an index names, whatever its type."""
+    match await redis.type(key):
+        case b"zset":
+            members = await redis.zrange(key, 0, -1)
+        case b"set":
+            members = list(await redis.smembers(key))
+        case b"list":
+            members = await redis.lrange(key, 0, -1)
+        case b"hash":
+            members = list(await redis.hkeys(key))
+        case _:
+            members = []
+    return [member.decode() for member in members if JOB_ID.search(member)]
+
+
+async def wait_until_idle(redis: Any, seconds: float) -> bool:
+    """Whether every job came to its end, and every input that it leaves behind was deleted, within ``seconds``."""
+    try:
+        async with asyncio.timeout(seconds):
+            while await redis.zcard(ALIVE) or await redis.llen(f"{PREFIX}discard"):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        return False
+    return True
