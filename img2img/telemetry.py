@@ -55,6 +55,13 @@ def tracing(service: str) -> Iterator[None]:
         provider.shutdown()
 
 
+def flush(seconds: float) -> None:
+    """Export the spans that have ended, for as long as that may take: before a process ends without further ado."""
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, TracerProvider):
+        provider.force_flush(int(seconds * 1000))
+
+
 def configure_logging(level: str, form: str) -> None:
     """Log to standard error: ``json`` lines, ``console`` for people, or ``auto`` by what stderr is."""
     console = form == "console" or (form == "auto" and sys.stderr.isatty())

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import AsyncExitStack
 
 import structlog
 import uuid_utils
@@ -20,6 +21,7 @@ from worker.consumer import Consumer
 from worker.engines.base import Engine
 from worker.engines.fake import FakeEngine
 from worker.runner import JobRunner
+from worker.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
@@ -31,7 +33,7 @@ def choose_engine(settings: Settings) -> Engine:
         ConfigurationError: the diffusion extra is not installed.
     """
     if settings.engine == "fake":
-        return FakeEngine(step_seconds=settings.fake_step_seconds)
+        return FakeEngine(settings.fake_step_seconds, obeys=settings.fake_obeys)
     try:
         from worker.engines.diffusion import DiffusionEngine  # torch takes seconds to import
     except ImportError as exc:
@@ -41,20 +43,24 @@ def choose_engine(settings: Settings) -> Engine:
     return DiffusionEngine(settings.model, settings.device)
 
 
-async def serve(settings: Settings, engine: Engine) -> None:
+async def serve(settings: Settings, engine: Engine, watchdog: Watchdog) -> None:
     """Work until SIGTERM or SIGINT; then drain, hand back, and close in reverse order of opening."""
+    watchdog.watch_loop()
     loop = asyncio.get_running_loop()
     name = f"{socket.gethostname()}-{os.getpid()}-{uuid_utils.uuid7().hex[-6:]}"
-    async with open_parts(settings) as parts:
+    async with AsyncExitStack() as stack:
+        parts = await stack.enter_async_context(open_parts(settings))
         started = time.perf_counter()
-        async with engine:
-            telemetry.MODEL_LOAD_SECONDS.observe(time.perf_counter() - started)
-            info = WorkerInfo(name, settings.concurrency, engine.info.name, engine.info.model, engine.info.device)
-            runner = JobRunner(parts.queue, parts.blobs, engine, settings, name)
-            consumer = Consumer(parts.queue, runner, info, settings)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, consumer.drain)
-            await consumer.main()
+        with watchdog.phase("loading the model"):
+            await stack.enter_async_context(engine)
+        telemetry.MODEL_LOAD_SECONDS.observe(time.perf_counter() - started)
+        info = WorkerInfo(name, settings.concurrency, engine.info.name, engine.info.model, engine.info.device)
+        runner = JobRunner(parts.queue, parts.blobs, engine, settings, name, watchdog)
+        consumer = Consumer(parts.queue, runner, info, settings)
+        watchdog.before_end(consumer.stop_beating)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, consumer.drain)
+        await consumer.main()
     log.info("worker_stopped", worker=name)
 
 
@@ -63,10 +69,11 @@ def main() -> None:
     try:
         settings = Settings.from_environment()
         telemetry.configure_logging(settings.log_level, settings.log_format)
-        with telemetry.tracing("img2img-worker"):
+        with telemetry.tracing("img2img-worker"), Watchdog(settings.stall_limit, settings.phase_limit) as watchdog:
             # Importing torch takes seconds: before there is a loop that it could hold up.
-            engine = choose_engine(settings)
-            uvloop.run(serve(settings, engine))
+            with watchdog.phase("importing the engine"):
+                engine = choose_engine(settings)
+            uvloop.run(serve(settings, engine, watchdog))
     except Img2ImgError as exc:
         sys.stderr.write(f"img2img worker: {exc}\n")
         sys.exit(2 if isinstance(exc, ConfigurationError) else 1)

@@ -163,6 +163,17 @@ async def test_block_holds_up_the_event_loop():
     assert ticks < 10
 
 
+async def test_without_obedience_it_only_takes_its_time(dog):
+    engine = FakeEngine(obeys=False)
+    prompt = "fake:fail fake:refuse fake:block=1000 fake:hang fake:crash"
+
+    outputs = await collect(engine.generate(task_of(prompt=prompt), Pictures(dog)))
+
+    assert isinstance(outputs[-1], Finished)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(collect(engine.generate(task_of(prompt="fake:step=1000"), Pictures())), 0.1)
+
+
 async def test_it_is_cheap(dog):
     engine = FakeEngine()
     pictures = Pictures(dog)

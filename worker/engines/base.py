@@ -46,7 +46,11 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """``stage`` begins (step 0), or one more of its ``steps`` is done."""
+    """``stage`` begins (step 0), or one more of its ``steps`` is done.
+
+    Each one is a sign of life. Between two of them an engine may take the worker's phase limit, and between two
+    steps its stall limit, or ten times what such steps took so far; beyond that it counts as hung.
+    """
 
     stage: Stage
     step: int = 0
@@ -84,7 +88,8 @@ class Engine(Protocol):
         """Yield ``Progress`` as work goes on, ``Notice`` where there is one, and last an ``Image``.
 
         Closing the iterator (``aclose``) stops the work within one step and returns only when it
-        has stopped; it may be closed at any time, and twice.
+        has stopped; it may be closed at any time, and twice. The first output says that the task's turn
+        has come: until then it waits for the tasks before it, as long as these get on.
 
         Raises:
             ModelRefused: this input cannot work on this model; another attempt would fail too.

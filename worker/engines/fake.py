@@ -7,14 +7,21 @@ Words in the prompt make it misbehave:
     fake:refuse     refuse the task (ModelRefused)
     fake:step=0.2   take that many seconds a step
     fake:block=3    hold up the event loop for that many seconds, as only a broken engine does
+    fake:hang       do nothing more and let nobody end it, as a thread that hangs in native code
+    fake:crash      kill the process
+
+With ``obeys=False`` it does none of this but ``fake:step``: as a build in which the fault is mended.
 """
 
 import asyncio
 import hashlib
+import os
 import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -26,7 +33,8 @@ from img2img.jobs import Stage
 from worker.engines.base import EngineInfo, Image, Output, Pictures, Progress, Task
 
 INFO: Final = EngineInfo("fake", "fake", "cpu", (256, 256))
-DIRECTIVE: Final = re.compile(r"fake:(fail|refuse|step|block)(?:=(\d+(?:\.\d+)?))?")
+DIRECTIVE: Final = re.compile(r"fake:(fail|refuse|step|block|hang|crash)(?:=(\d+(?:\.\d+)?))?")
+HARMLESS: Final = "step"
 PATTERN_SIDE: Final = 8
 STAMP_PIXELS: Final = 11
 
@@ -37,8 +45,9 @@ class FakeEngine:
     ``step_seconds`` is the time a step takes; a ``fake:step=`` in the prompt wins over it.
     """
 
-    def __init__(self, step_seconds: float = 0.0) -> None:
+    def __init__(self, step_seconds: float = 0.0, *, obeys: bool = True) -> None:
         self._step_seconds = step_seconds
+        self._obeys = obeys
         self._failures: Counter[tuple[str, int]] = Counter()
 
     @property
@@ -55,7 +64,7 @@ class FakeEngine:
 
     async def generate(self, task: Task, pictures: Pictures) -> AsyncGenerator[Output]:
         """Yield what a diffusion engine yields for ``task``; see ``Engine.generate``."""
-        directives = {match[1]: match[2] for match in DIRECTIVE.finditer(task.prompt)}
+        directives = self._directives(task.prompt)
         if "refuse" in directives:
             raise ModelRefused("The fake engine was told to refuse: take 'fake:refuse' out of the prompt")
         yield Progress(Stage.ENCODE_TEXT)
@@ -67,12 +76,21 @@ class FakeEngine:
         for step in range(1, steps + 1):
             await asyncio.sleep(seconds)
             if step == 1:
-                self._misbehave(directives, task)
+                await self._misbehave(directives, task)
             yield Progress(Stage.STEPS, step, steps)
         yield Progress(Stage.DECODE_IMAGE)
         yield Image(await asyncio.to_thread(draw, task, pictures))
 
-    def _misbehave(self, directives: dict[str, str | None], task: Task) -> None:
+    def _directives(self, prompt: str) -> dict[str, str | None]:
+        found = {match[1]: match[2] for match in DIRECTIVE.finditer(prompt)}
+        return {name: value for name, value in found.items() if self._obeys or name == HARMLESS}
+
+    async def _misbehave(self, directives: dict[str, str | None], task: Task) -> None:
+        if "crash" in directives:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while "hang" in directives:
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
         if "block" in directives:
             threading.Event().wait(float(directives["block"] or 1))
         if "fail" not in directives:
