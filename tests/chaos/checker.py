@@ -3,6 +3,7 @@
 The rules are those of docs/job-states.md, after Jepsen's total-queue checker.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
@@ -19,7 +20,16 @@ AFTER: Final = {
     "running": {"progress", "queued", "succeeded", "failed", "canceled", "expired"},
 }
 """What may follow what in a log; a progress changes nothing."""
-CRASHES: Final = ("worker_lost", "quarantined")
+KINDS: Final = {
+    "worker_lost": "crashes",
+    "quarantined": "crashes",
+    "interrupted": "interruptions",
+    "canceled": "ends",
+    "expired": "ends",
+}
+"""What a loss counts as, by its code; any other is a failure."""
+HISTORY: Final = 20
+"""Lost attempts that a record remembers."""
 
 
 class Violation(msgspec.Struct, frozen=True):
@@ -116,28 +126,30 @@ def _outcome_breaks(stored: Stored) -> Iterator[str]:
 
 
 def _budget_breaks(stored: Stored, profile: Profile) -> Iterator[str]:
-    """Failures and crashes end a job at their limit and not before; an interruption costs nothing."""
-    losses = stored.losses()
-    failures, crashes = losses.get("engine_failed", 0), sum(losses.get(code, 0) for code in CRASHES)
-    together = profile.crash_limit is None
-    spent = int(stored.fields.get("spent", 0))
-    counted = failures + (crashes if together else 0)
+    """Failures and crashes end a job at their own limits and not before; an interruption costs nothing."""
+    counted = Counter(KINDS.get(code, "failures") for code in stored.losses())
+    noted = Counter({kind: int(stored.fields.get(kind, 0)) for kind in ("failures", "crashes", "interruptions")})
+    counted.pop("ends", None)
     ended = stored.outcome.error.code if stored.outcome and stored.outcome.error else None
-    # A cancel or a deadline that comes first ends the job in the place of its last loss, which is counted all the same.
-    hidden = int(ended in ("canceled", "expired"))
-    if not counted <= spent <= counted + hidden:
-        yield f"{spent} attempts are spent, but its log counts {counted}"
-    if ended == "engine_failed" and counted != profile.attempts:
-        yield f"failed after {counted} of {profile.attempts} attempts"
-    if ended in CRASHES and crashes + (failures if together else 0) != (profile.crash_limit or profile.attempts):
-        yield f"{ended} after {crashes} crashes and {failures} failures"
+    # A cancel or a deadline that comes first ends the job in the place of its last loss, which is noted all the same.
+    hidden = (noted - counted).total() if KINDS.get(ended or "") == "ends" else 0
+    if counted - noted or (noted - counted).total() > hidden or hidden > 1:
+        yield f"its record notes {dict(noted)}, its log {dict(counted)}"
+    if not noted.total() <= len(stored.starts) <= noted.total() + 1:
+        yield f"{len(stored.starts)} starts, but {noted.total()} of them came to nothing"
+    if len(stored.history) != min(noted.total(), HISTORY):
+        yield f"its history has {len(stored.history)} entries for {noted.total()} lost attempts"
+    if ended == "engine_failed" and noted["failures"] != profile.attempts:
+        yield f"failed after {noted['failures']} of {profile.attempts} attempts"
+    if (ended == "quarantined") != (noted["crashes"] >= profile.crash_limit) and hidden == 0:
+        yield f"ended {ended} after {noted['crashes']} crashes"
 
 
 def _errand_breaks(stored: Stored, record: Record) -> Iterator[str]:
     """It ended as its client could want it to."""
     errand, cancel = record.order.errand, record.cancel
     code = stored.outcome.error.code if stored.outcome and stored.outcome.error else None
-    allowed = {None, *CRASHES}
+    allowed = {None, "quarantined"}
     match errand:
         case Errand.REFUSED:
             allowed.add("model_refused")
@@ -169,6 +181,9 @@ def check_store(snapshot: Snapshot) -> Iterator[Violation]:
     """Nothing is left that belongs to a living job, and every fence ever given stands in a log."""
     for leftover in snapshot.leftovers:
         yield Violation(leftover)
+    guilty = {stored.id for stored in snapshot.jobs.values() if stored.fields.get("quarantined")}
+    if snapshot.quarantine != guilty:
+        yield Violation(f"the quarantine holds {snapshot.quarantine}, but those in it should be {guilty}")
     starts = sum(len(stored.starts) for stored in snapshot.jobs.values())
     if snapshot.fence != starts:
         yield Violation(f"{snapshot.fence} fences were given, but the logs hold {starts} starts")

@@ -162,11 +162,10 @@ class Injector:
                 member.send(signal.SIGCONT)
                 await asyncio.sleep(SETTLE)
             case Kind.BLACK_HOLE if member.proxy is not None:
-                member.proxy.swallow()
-                try:
+                with member.proxy.black_hole():
                     await asyncio.sleep(fault.seconds)
-                finally:
-                    member.proxy.restore(cut=fault.cut)
+                    if fault.cut:
+                        member.proxy.cut()
                 await asyncio.sleep(SETTLE)
 
     def _choose(self, fault: Fault) -> Member | None:

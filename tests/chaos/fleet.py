@@ -20,7 +20,7 @@ from img2img.children import ChildProcess, describe_exit
 from img2img.embedded import EmbeddedValkey
 from tests.calls import write_tenants
 from tests.chaos.profile import Profile
-from tests.chaos.proxy import Proxy
+from tests.proxy import Proxy
 
 ACCOUNTS: Final = ("amber", "beryl", "coral")
 PORTS: Final = (20_000, 32_000)
@@ -216,8 +216,8 @@ class Fleet:
         proxy = None
         url = self.valkey.url
         if number > 0:
-            proxy = await self._stack.enter_async_context(Proxy(self.port))
-            url = f"redis://127.0.0.1:{proxy.port}/0"
+            proxy = self._stack.enter_context(Proxy(self.port))
+            url = proxy.url
         settings = {**self._settings, **settings, "redis_url": url}
         environment = {f"IMG2IMG_{name.upper()}": value for name, value in settings.items()}
         member = Member(kind, {**os.environ, **environment}, self.folder, number, proxy)
@@ -227,7 +227,7 @@ class Fleet:
 
     def _shared_settings(self) -> dict[str, str]:
         profile = self.profile
-        settings = {
+        return {
             "engine": "fake",
             "log_format": "json",
             "tenants_file": write_tenants(self.folder / "tenants.toml", *ACCOUNTS),
@@ -237,10 +237,10 @@ class Fleet:
             "retry_delay": str(profile.retry_delay),
             "drain_timeout": str(profile.drain_timeout),
             "concurrency": str(profile.slots),
+            "crash_limit": str(profile.crash_limit),
+            # What is not to be done in time shall be tried all the same.
+            "refuse_late": "false",
         }
-        if profile.crash_limit is not None:
-            settings["crash_limit"] = str(profile.crash_limit)
-        return settings
 
 
 async def _end(task: "asyncio.Task[None]") -> None:

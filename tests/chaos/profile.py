@@ -21,7 +21,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 4
     attempts: int = 3
     retry_delay: float = 0.3
-    crash_limit: int | None = None
+    crash_limit: int = 2
 
 
 def quick(*, seed: int, seconds: float) -> Profile:

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from img2img.jobs import JobEvent
-from tests.chaos.checker import CRASHES, Violation
+from tests.chaos.checker import KINDS, Violation
 from tests.chaos.faults import Done, Kind
 from tests.chaos.fleet import Fleet
 from tests.chaos.store import Stored
@@ -112,7 +112,7 @@ def unexplained(fleet: Fleet, faults: Sequence[Done], jobs: Sequence[Stored]) ->
         events = [event for event in stored.events if event.type != "progress"]
         for start, lost in pairwise(events):
             error = lost.data.get("error")
-            if start.type != "running" or not isinstance(error, dict) or error["code"] not in CRASHES:
+            if start.type != "running" or not isinstance(error, dict) or KINDS.get(error["code"]) != "crashes":
                 continue
             worker, at = start.data["worker"], lost.at / 1000
             reasons = (fault for fault in faults if fault.target == worker or fault.kind in HURTS_SERVER)

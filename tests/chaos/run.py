@@ -140,8 +140,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="how long faults go on (600)")
     parser.add_argument("--seed", type=int, default=7, help="from which everything is drawn (7)")
     parser.add_argument("--quick", action="store_true", help="short leases and many faults, as in the tests")
+    parser.add_argument("--crash-limit", type=int, help="deaths of workers that a job may cause (2)")
     given = parser.parse_args()
     profile = (quick if given.quick else Profile)(seed=given.seed, seconds=given.seconds)
+    if given.crash_limit is not None:
+        profile = msgspec.structs.replace(profile, crash_limit=given.crash_limit)
     folder = Path(tempfile.mkdtemp(prefix="img2img-chaos-"))
     result = asyncio.run(run(profile, folder, timed=not given.quick))
     if result.report:

@@ -11,6 +11,7 @@ from img2img.jobs import JobEvent, JobState, Outcome
 PREFIX: Final = "img2img:{0}:"
 JOB_ID: Final = re.compile(rb"\{?0\}?-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 ALIVE: Final = "arq:queue:{0}:default"
+QUARANTINE: Final = f"{PREFIX}quarantine:default"
 BLOB: Final = f"{PREFIX}blob:"
 OF_LIVING_JOBS: Final = ("arq:job:", "arq:in-progress:", "arq:retry:", f"{PREFIX}waiters:")
 """What must be gone when a job has ended."""
@@ -37,14 +38,14 @@ class Stored(msgspec.Struct):
     def starts(self) -> list[JobEvent]:
         return [event for event in self.events if event.type == "running"]
 
-    def losses(self) -> dict[str, int]:
-        """How many attempts ended otherwise than well, by the error's code."""
-        found: dict[str, int] = {}
-        for event in self.events:
-            if error := event.data.get("error"):
-                code = str(error["code"])  # type: ignore[index]
-                found[code] = found.get(code, 0) + 1
-        return found
+    @property
+    def history(self) -> list[Any]:
+        """What the record says of attempts that came to nothing."""
+        return list(msgspec.json.decode(self.fields.get("history", "[]")))
+
+    def losses(self) -> list[str]:
+        """The codes of all errors in the log."""
+        return [str(error["code"]) for event in self.events if isinstance(error := event.data.get("error"), dict)]
 
 
 class Snapshot(msgspec.Struct):
@@ -52,6 +53,7 @@ class Snapshot(msgspec.Struct):
     fence: int
     blobs: set[str]
     """Every stored file, those of fenced attempts included."""
+    quarantine: set[str]
     leftovers: list[str]
     """What says that a job is alive although none is."""
 
@@ -67,12 +69,13 @@ async def read_snapshot(redis: Any) -> Snapshot:
             jobs[job_id] = await _read_job(redis, job_id)
         elif name.startswith(OF_LIVING_JOBS):
             leftovers.append(f"{name} is still there")
-        elif await redis.ttl(key) == -1:
+        elif name != QUARANTINE and await redis.ttl(key) == -1:
             leftovers += [f"{name} still holds {member}" for member in await _job_ids_in(redis, key)]
             if JOB_ID.search(key):
                 leftovers.append(f"{name} has no TTL")
     blobs = {key.decode().removeprefix(BLOB) for key in keys if key.startswith(BLOB.encode())}
-    return Snapshot(jobs, int(await redis.get(f"{PREFIX}fence") or 0), blobs, leftovers)
+    quarantine = {member.decode() for member in await redis.zrange(QUARANTINE, 0, -1)}
+    return Snapshot(jobs, int(await redis.get(f"{PREFIX}fence") or 0), blobs, quarantine, leftovers)
 
 
 async def _read_job(redis: Any, job_id: str) -> Stored:
