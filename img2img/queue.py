@@ -30,7 +30,7 @@ from img2img.server import milliseconds, translated
 SHARD: Final = 0
 SCRIPTS: Final = (
     "submit", "claim", "beat", "report", "finish", "release", "cancel", "replay", "look", "wait", "leave", "sweep",
-    "sign_off",
+    "sign_off", "stats",
 )  # fmt: skip
 LIST_SCAN: Final = 500
 
@@ -361,16 +361,10 @@ class JobQueue:
 
     async def stats(self) -> QueueStats:
         """How much waits and runs, and which workers take jobs (one that drains takes none)."""
-        with translated():
-            async with self.redis.pipeline(transaction=False) as pipe:
-                for index in ("expiry", "delayed", "leases", "quarantine"):
-                    pipe.zcard(f"{self.prefix}{index}:{self.name}")
-                pipe.hget(f"{self.prefix}totals:{self.name}", "seconds")
-                pipe.hvals(f"{self.prefix}worker-info:{self.name}")
-                waiting, delayed, running, quarantined, seconds, workers = await pipe.execute()
+        waiting, delayed, running, quarantined, seconds, workers = await self._run("stats")
         known = (msgspec.json.decode(raw, type=WorkerInfo) for raw in workers)
         taking = tuple(worker for worker in known if worker.slots)
-        return QueueStats(waiting - delayed, delayed, running, quarantined, round(float(seconds or 0), 3), taking)
+        return QueueStats(waiting - delayed, delayed, running, quarantined, round(float(seconds), 3), taking)
 
     async def _pop(self, key: str, timeout: float) -> str | None:
         with translated():

@@ -3,7 +3,7 @@
 from importlib import resources
 from typing import Final
 
-SHARED: Final = ("_keys", "_share", "_estimate", "_job", "_sweep")
+SHARED: Final = ("_keys", "_service", "_share", "_estimate", "_job", "_sweep")
 
 
 def source(name: str) -> str:

@@ -1,70 +1,19 @@
--- How long work takes and when a job will be done, from what was measured.
--- `service:<queue>:<engine>` holds, per size of picture, decaying sums over finished jobs of their steps and seconds, from
--- which a line (a part per job and a part per step) is fitted by least squares; the field `*` is over all sizes, by
--- steps times relative area, for sizes not seen yet. It also holds, per bucket of waiting time, the quantiles of
--- (actual / expected) time to completion, tracked by stochastic approximation (Robbins and Monro 1951; as adaptive
--- conformal inference, Gibbs and Candes 2021): whatever the load, half of the jobs end before p50 and nine of ten
--- before p90 in the long run.
+-- When a job will be done. The expected time (the work before it over the workers' slots, and its own) is corrected by what
+-- such expectations turned out to be worth: quantiles of actual over expected time, per bucket of waiting time, tracked
+-- by stochastic approximation (Robbins and Monro 1951; Gibbs and Candes 2021 call it adaptive conformal inference).
+-- Whatever the load, half of the jobs end before p50 and nine of ten before p90 in the long run.
 
-local DECAY = 0.98
-local UNKNOWN_STEP_SECONDS = 0.05
-local KEPT = 7 * 24 * 3600 * 1000
 local MAX_TENANTS_SEEN = 100
 local FIRST_P90 = 0.5
 local SLOWEST_RATE = 0.03
 
-local function engine_key(queue)
-  local engine = redis.call('HGET', queue.totals, 'engine')
-  return engine and queue.service .. engine
-end
-
-local function sums_of(key, name)
-  local text = redis.call('HGET', key, name)
-  if not text then return nil end
-  local n, x, t, xx, xt = string.match(text, '(%S+) (%S+) (%S+) (%S+) (%S+)')
-  return { n = tonumber(n), x = tonumber(x), t = tonumber(t), xx = tonumber(xx), xt = tonumber(xt) }
-end
-
-local function add_sample(key, name, x, seconds)
-  local s = sums_of(key, name) or { n = 0, x = 0, t = 0, xx = 0, xt = 0 }
-  local function decayed(sum, amount) return decimal(sum * DECAY + amount) end
-  local text = { decayed(s.n, 1), decayed(s.x, x), decayed(s.t, seconds), decayed(s.xx, x * x), decayed(s.xt, x * seconds) }
-  redis.call('HSET', key, name, table.concat(text, ' '))
-end
-
--- The line's value at x. Where all samples lie close together it goes through the origin; it never falls with x.
-local function fitted(s, x)
-  local mean_x, mean_t = s.x / s.n, s.t / s.n
-  local variance = s.xx / s.n - mean_x * mean_x
-  local through_origin = mean_t / mean_x
-  local slope = through_origin
-  if variance > 1e-4 * mean_x * mean_x then
-    slope = math.min(math.max((s.xt / s.n - mean_x * mean_t) / variance, 0), through_origin)
-  end
-  return math.max(mean_t + slope * (x - mean_x), 0.001)
-end
-
--- Seconds that a job will run, and whether that is known from measurements.
-local function service_seconds(queue, size, steps, area)
-  local key = engine_key(queue)
-  local own = key and sums_of(key, size)
-  if own then return fitted(own, steps), true end
-  local all = key and sums_of(key, '*')
-  if all then return fitted(all, steps * area), true end
-  return UNKNOWN_STEP_SECONDS * steps * area, false
-end
-
-local function relative_area(queue, pixels)
-  local native = number_of(queue.totals, 'pixels')
-  return (pixels > 0 and native > 0) and pixels / native or 1
-end
-
 -- The work before a job that stands behind `ahead` jobs of its tenant: seconds, and the number of jobs.
 -- Every other tenant gets its share until the job's own tag comes up.
 local function work_before(queue, account, ahead)
+  local per_job, per_unit = backlog_line(queue)
   local function backlog(other)
-    local seconds = number_of(queue.tenant .. other, 'seconds')
-    return seconds, redis.call('ZCARD', queue.ready .. other)
+    local jobs = redis.call('ZCARD', queue.ready .. other)
+    return jobs * per_job + number_of(queue.tenant .. other, 'units') * per_unit, jobs
   end
   local seconds, jobs = backlog(account)
   local work, position = jobs > 0 and seconds * ahead / jobs or 0, ahead

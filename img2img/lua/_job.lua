@@ -15,7 +15,7 @@ local function unlist(id, queue)
   end
   leave_queued(queue, id, account)
   if redis.call('ZREM', queue.ready .. account, id) == 1 then
-    left_ready(queue, account, tonumber(field(id, 'seconds')))
+    left_ready(queue, account, tonumber(field(id, 'units')))
   end
 end
 

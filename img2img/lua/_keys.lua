@@ -30,6 +30,10 @@ local function int(number) return string.format('%.0f', number) end
 
 local function decimal(number) return string.format('%.12g', number) end
 
+local function number_of(key, name) return tonumber(redis.call('HGET', key, name) or 0) end
+
+local function add_to(key, name, amount) redis.call('HINCRBYFLOAT', key, name, decimal(amount)) end
+
 local function job_key(id) return P .. 'job:' .. id end
 
 -- arq's id of a job carries the hash tag, so that arq's own keys fall into the same slot.

@@ -83,7 +83,7 @@ local ttl = int(expires - NOW + order.keep)
 redis.call('HSET', key, 'spec', spec, 'account', account, 'queue', QUEUE, 'created', int(NOW), 'since', int(since),
   'expires', int(expires), 'score', int(score), 'keep', int(order.keep), 'attempt', 0,
   'max_failures', order.max_failures, 'max_crashes', order.max_crashes,
-  'size', order.size, 'steps', order.steps, 'area', decimal(area), 'seconds', decimal(seconds), 'weight', order.weight)
+  'size', order.size, 'steps', order.steps, 'area', decimal(area), 'units', decimal(order.steps * area), 'weight', order.weight)
 if order.inputs ~= cjson.null then redis.call('HSET', key, 'inputs', order.inputs) end
 if expected then redis.call('HSET', key, 'expected', decimal(expected.expected), 'bucket', expected.bucket) end
 redis.call('PEXPIRE', key, ttl)

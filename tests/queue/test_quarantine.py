@@ -1,0 +1,165 @@
+"""Jobs whose workers die: counted apart, run alone, put into quarantine, and replayed."""
+
+import asyncio
+from typing import Final
+
+import pytest
+from arq.connections import ArqRedis
+from arq.jobs import Job as ArqJob
+from arq.jobs import JobStatus
+
+from img2img.errors import JobNotFound, LeaseLost
+from img2img.jobs import Failure, JobState, Outcome
+from img2img.queue import Claim, JobQueue
+from tests.queue.calls import LEASE, SUCCEEDED, claim_one, event_types, submit
+
+GONE: Final = 0.001
+"""A lease that has run out when anybody looks again."""
+
+
+async def lose(queue: JobQueue, worker: str = "w1") -> Claim:
+    """A worker claims a job and dies."""
+    claim = await claim_one(queue, lease=GONE, worker=worker)
+    await asyncio.sleep(0.005)
+    return claim
+
+
+async def quarantined(queue: JobQueue) -> str:
+    job_id = await submit(queue)
+    for _ in range(2):
+        await lose(queue)
+    await queue.sweep()
+    return job_id
+
+
+async def test_failures_crashes_and_interruptions_count_apart(queue: JobQueue) -> None:
+    """Each has its own limit, and an interruption has none."""
+    job_id = await submit(queue)
+    await lose(queue)
+    await queue.release(await claim_one(queue), Failure("engine_failed", "x"), "failures")
+    for _ in range(3):
+        await queue.release(await claim_one(queue), Failure("interrupted", "x"), "interruptions")
+    job = await queue.get(job_id)
+    assert (job.state, job.attempt) == (JobState.QUEUED, 5)
+    assert (job.failures, job.crashes, job.interruptions) == (1, 1, 3)
+    assert [past.error.code for past in job.history] == ["worker_lost", "engine_failed"] + ["interrupted"] * 3
+    assert [past.attempt for past in job.history] == [1, 2, 3, 4, 5]
+
+
+async def test_a_job_that_kills_its_workers_is_quarantined(queue: JobQueue) -> None:
+    job_id = await quarantined(queue)
+    job = await queue.get(job_id)
+    assert (job.state, job.crashes) == (JobState.FAILED, 2)
+    assert job.outcome is not None
+    assert job.outcome.error is not None
+    assert job.outcome.error.code == "quarantined"
+    assert [past.worker for past in job.history] == ["w1", "w1"]
+    assert (await queue.stats()).quarantined == 1
+
+
+async def test_a_quarantined_jobs_input_is_kept(queue: JobQueue, redis: ArqRedis) -> None:
+    """Upkeep is told to keep it as long as the record, and that of other jobs not at all."""
+    job_id = await quarantined(queue)
+    await redis.rpush(f"{queue.prefix}discard", f"60000 input:{job_id}", "0 input:other")
+    discarded, _ = await queue.sweep()
+    assert discarded == {f"input:{job_id}": 60.0, "input:other": 0.0}
+
+
+async def test_a_replay_runs_once_more_under_the_same_id(queue: JobQueue, redis: ArqRedis) -> None:
+    job_id = await quarantined(queue)
+    assert await queue.replay(job_id, 60) == JobState.FAILED
+    assert await queue.replay(job_id, 60) == JobState.QUEUED
+    job = await queue.get(job_id)
+    assert (job.state, job.crashes, job.replays, len(job.history)) == (JobState.QUEUED, 0, 1, 2)
+    assert job.outcome is None
+    arq_job = ArqJob("{0}" + job_id[1:], redis, _queue_name=queue.alive_key)
+    assert await arq_job.status() == JobStatus.queued
+    await queue.finish(await claim_one(queue), SUCCEEDED)
+    assert (await queue.claim("w1", 1, LEASE, "again"))[0] == []
+    assert (await queue.get(job_id)).state == JobState.SUCCEEDED
+    assert await queue.replay(job_id, 60) == JobState.SUCCEEDED
+    assert await event_types(queue, job_id) == [
+        "queued", "running", "queued", "running", "failed", "queued", "running", "succeeded",
+    ]  # fmt: skip
+    assert (await queue.stats()).quarantined == 0
+
+
+async def test_a_replayed_jobs_old_holder_is_fenced(queue: JobQueue) -> None:
+    job_id = await submit(queue)
+    await lose(queue)
+    stale = await lose(queue)
+    await queue.sweep()
+    await queue.replay(job_id, 60)
+    with pytest.raises(LeaseLost):
+        await queue.finish(stale, SUCCEEDED)
+    await claim_one(queue)
+    with pytest.raises(LeaseLost):
+        await queue.finish(stale, SUCCEEDED)
+
+
+async def test_canceled_and_expired_jobs_can_be_replayed(queue: JobQueue) -> None:
+    canceled, expired = await submit(queue), await submit(queue, seconds=0.001)
+    await queue.cancel(canceled)
+    await asyncio.sleep(0.005)
+    await queue.sweep()
+    for job_id in (canceled, expired):
+        await queue.replay(job_id, 60)
+        assert (await queue.get(job_id)).state == JobState.QUEUED
+    with pytest.raises(JobNotFound):
+        await queue.replay(queue.new_id(), 60)
+
+
+async def test_only_the_culprit_is_found_guilty(queue: JobQueue) -> None:
+    """Four jobs on a worker that dies of one: each runs alone next time, so that the three innocent ones succeed."""
+    ids = [await submit(queue) for _ in range(4)]
+    claims, _ = await queue.claim("w1", 4, GONE, "all")
+    assert len(claims) == 4
+    await asyncio.sleep(0.005)
+    for turn in range(4):
+        claims, _ = await queue.claim("w2", 4, LEASE if turn else GONE, str(turn))
+        assert [claim.alone for claim in claims] == [True]
+        if turn:
+            await queue.finish(claims[0], SUCCEEDED)
+        else:
+            guilty = claims[0].id
+            await asyncio.sleep(0.005)
+    states = {job_id: (await queue.get(job_id)).state for job_id in ids}
+    assert states.pop(guilty) == JobState.FAILED
+    assert set(states.values()) == {JobState.SUCCEEDED}
+
+
+async def test_a_suspect_waits_for_an_idle_worker(queue: JobQueue) -> None:
+    """A worker that holds jobs takes others meanwhile; one that holds none takes the suspect first, and nothing else."""
+    suspect = await submit(queue)
+    await lose(queue)
+    other = await submit(queue)
+    await queue.sweep()
+    assert (await claim_one(queue, worker="busy", held=1)).id == other
+    more = await submit(queue)
+    claims, _ = await queue.claim("idle", 4, LEASE, "t")
+    assert [claim.id for claim in claims] == [suspect]
+    assert (await claim_one(queue, worker="busy", held=1)).id == more
+
+
+async def test_a_busy_worker_becomes_idle_for_a_suspect_that_waits(queue: JobQueue, redis: ArqRedis) -> None:
+    """Where no worker is ever idle, one of them stops taking jobs until it is; the others go on."""
+    suspect = await submit(queue)
+    await lose(queue)
+    await queue.sweep()
+    await redis.zincrby(f"{queue.prefix}suspects:default", -10_000, suspect)
+    more = await submit(queue)
+    claims, due = await queue.claim("busy", 1, LEASE, "t1", held=1)
+    assert claims == []
+    assert due == 0.2
+    assert (await claim_one(queue, worker="other", held=1)).id == more
+    assert (await claim_one(queue, worker="busy", held=0)).id == suspect
+
+
+async def test_a_refused_outcome_is_in_the_history(queue: JobQueue) -> None:
+    """The attempt that ended a job is told like those before it."""
+    job_id = await submit(queue)
+    failed = Outcome(state=JobState.FAILED, error=Failure("model_refused", "No"))
+    await queue.finish(await claim_one(queue), failed)
+    job = await queue.get(job_id)
+    assert [past.error for past in job.history] == [failed.error]
+    assert job.failures == 1
