@@ -90,7 +90,7 @@ class Consumer(Worker):
 
     async def _claim_until_drained(self) -> None:
         while not self._draining.is_set():
-            free = self._info.slots - len(self._held)
+            free = self._free_slots()
             if free <= 0:
                 await self._until(self._slot_freed.wait())
                 self._slot_freed.clear()
@@ -98,7 +98,10 @@ class Consumer(Worker):
             try:
                 # The number changes only when there was an answer: a lost one is asked for again.
                 token = str(self._claim_number)
-                claims, due = await self._queue.claim(self._info.id, free, self._settings.lease, token)
+                engine, held = f"{self._info.engine}/{self._info.model}", len(self._held)
+                claims, due = await self._queue.claim(
+                    self._info.id, free, self._settings.lease, token, engine=engine, held=held
+                )
                 self._claim_number += 1
                 for claim in claims:
                     self._start(claim)
@@ -108,6 +111,11 @@ class Consumer(Worker):
             except Unavailable as exc:
                 log.warning("claim_failed", error=str(exc))
                 await self._pause()
+
+    def _free_slots(self) -> int:
+        if any(claim.alone for claim in self._held.values()):
+            return 0
+        return self._info.slots - len(self._held)
 
     async def _until(self, waiting: Any) -> None:
         """Wait for something, but not beyond the start of draining."""

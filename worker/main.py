@@ -1,6 +1,7 @@
 """The worker process: opens the parts and the engine, consumes jobs, drains on SIGTERM."""
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from img2img.queue import WorkerInfo
 from img2img.settings import Settings
 from img2img.wiring import open_parts
 from worker.consumer import Consumer
-from worker.engines.base import Engine
+from worker.engines.base import Engine, EngineInfo
 from worker.engines.fake import FakeEngine
 from worker.runner import JobRunner
 from worker.watchdog import Watchdog
@@ -43,6 +44,10 @@ def choose_engine(settings: Settings) -> Engine:
     return DiffusionEngine(settings.model, settings.device)
 
 
+def _describe(name: str, slots: int, engine: EngineInfo) -> WorkerInfo:
+    return WorkerInfo(name, slots, engine.name, engine.model, engine.device, math.prod(engine.native_size))
+
+
 async def serve(settings: Settings, engine: Engine, watchdog: Watchdog) -> None:
     """Work until SIGTERM or SIGINT; then drain, hand back, and close in reverse order of opening."""
     watchdog.watch_loop()
@@ -54,7 +59,7 @@ async def serve(settings: Settings, engine: Engine, watchdog: Watchdog) -> None:
         with watchdog.phase("loading the model"):
             await stack.enter_async_context(engine)
         telemetry.MODEL_LOAD_SECONDS.observe(time.perf_counter() - started)
-        info = WorkerInfo(name, settings.concurrency, engine.info.name, engine.info.model, engine.info.device)
+        info = _describe(name, settings.concurrency, engine.info)
         runner = JobRunner(parts.queue, parts.blobs, engine, settings, name, watchdog)
         consumer = Consumer(parts.queue, runner, info, settings)
         watchdog.before_end(consumer.stop_beating)
