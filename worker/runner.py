@@ -147,8 +147,10 @@ class Reporter:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._sending is not None:
+            if kind is not None:  # whoever interrupts the work does not wait for a silent server
+                self._sending.cancel()
             await asyncio.wait({self._sending})
 
     def report(self, progress: Progress) -> None:
