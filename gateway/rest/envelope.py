@@ -52,6 +52,7 @@ class Dialect(msgspec.Struct, frozen=True):
     """``x-should-retry``: None leaves it to the SDK's own rule for the status."""
 
 
+NO_CAPACITY: Final = Dialect(3040, 429, "AiError: Capacity temporarily exceeded, please try again. ({id})")
 ERRORS: Final[dict[type[Img2ImgError], Dialect]] = {
     errors.Img2ImgError: Dialect(3043, 500, "AiError: Internal server error: {detail} ({id})"),
     errors.InvalidRequest: Dialect(5006, 400, "AiError: Bad input: Error: {detail} ({id})"),
@@ -68,11 +69,13 @@ ERRORS: Final[dict[type[Img2ImgError], Dialect]] = {
     errors.ModelNotFound: Dialect(5007, 400, "AiError: {detail} ({id})"),
     errors.ModelNameInvalid: Dialect(3042, 404, "AiError: The model name is invalid: {detail} ({id})"),
     errors.IdempotencyConflict: Dialect(3010, 409, "AiError: {detail} ({id})", retry=False),
+    errors.NotReplayable: Dialect(3010, 409, "AiError: {detail} ({id})", retry=False),
     errors.ResultNotReady: Dialect(3010, 409, "AiError: {detail} ({id})", retry=False),
     errors.ResultGone: Dialect(3010, 410, "AiError: {detail} ({id})"),
     errors.Retryable: Dialect(3043, 503, "AiError: Internal server error: {detail} ({id})"),
-    errors.NoCapacity: Dialect(3040, 429, "AiError: Capacity temporarily exceeded, please try again. ({id})"),
-    errors.TooManyBytesInFlight: Dialect(3040, 429, "AiError: Capacity temporarily exceeded, please try again. ({id})"),
+    errors.NoCapacity: NO_CAPACITY,
+    errors.Congested: NO_CAPACITY,
+    errors.TooManyBytesInFlight: NO_CAPACITY,
     errors.WaitTimeout: Dialect(3007, 408, "AiError: Request timeout: {detail} ({id})"),
     errors.ClientClosed: Dialect(3008, 408, "AiError: Request was aborted ({id})"),
     # The job has had all its attempts: an SDK that sends it again would only double them.

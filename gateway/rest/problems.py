@@ -11,7 +11,7 @@ from litestar.exceptions import HTTPException
 
 from gateway.rest.context import AnyRequest
 from img2img import errors
-from img2img.errors import Img2ImgError, InvalidRequest, Retryable, most_specific
+from img2img.errors import Congested, Img2ImgError, InvalidRequest, Retryable, most_specific
 
 PROBLEM_JSON: Final = "application/problem+json"
 CODE_HEADER: Final = "img2img-error"
@@ -26,10 +26,12 @@ STATUS: Final[dict[type[Img2ImgError], int]] = {
     errors.AccountMismatch: 403,
     errors.NotFound: 404,
     errors.IdempotencyConflict: 409,
+    errors.NotReplayable: 409,
     errors.ResultNotReady: 409,
     errors.ResultGone: 410,
     errors.Retryable: 503,
     errors.NoCapacity: 429,
+    errors.Congested: 429,
     errors.TooManyBytesInFlight: 429,
     errors.Unavailable: 503,
     errors.WaitTimeout: 408,
@@ -49,7 +51,7 @@ log = structlog.get_logger(__name__)
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
-    """RFC 9457, with ``code`` (stable) and ``field`` (where one is at fault)."""
+    """RFC 9457, with ``code`` (stable), ``field`` (where one is at fault) and ``eta_seconds`` (see ``Congested``)."""
 
     type: str
     title: str
@@ -57,6 +59,7 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     detail: str
     code: str
     field: str | None = None
+    eta_seconds: float | None = None
 
 
 def problem(error: Img2ImgError) -> Response[bytes]:
@@ -68,12 +71,16 @@ def problem(error: Img2ImgError) -> Response[bytes]:
     if status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = 'Bearer realm="img2img"'
     field = error.field if isinstance(error, InvalidRequest) and error.field else None
-    return _respond(status, str(error), error.code, headers, field)
+    eta = error.eta if isinstance(error, Congested) else None
+    return _respond(status, str(error), error.code, headers, field=field, eta_seconds=eta)
 
 
-def _respond(status: int, detail: str, code: str, headers: dict[str, str], field: str | None = None) -> Response[bytes]:
+def _respond(
+    status: int, detail: str, code: str, headers: dict[str, str], *, field: str | None = None,
+    eta_seconds: float | None = None,
+) -> Response[bytes]:  # fmt: skip
     title = TITLES.get(status) or HTTPStatus(status).phrase
-    body = Problem("about:blank", title, status, detail, code, field)
+    body = Problem("about:blank", title, status, detail, code, field, eta_seconds)
     return Response(msgspec.json.encode(body), status_code=status, media_type=PROBLEM_JSON, headers=headers)
 
 

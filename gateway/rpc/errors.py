@@ -19,9 +19,11 @@ from grpc import StatusCode
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
 from img2img import errors
-from img2img.errors import Img2ImgError, InvalidRequest, Retryable, most_specific
+from img2img.errors import Congested, Img2ImgError, InvalidRequest, Retryable, most_specific
 
 DOMAIN: Final = "img2img"
+ETA_KEY: Final = "eta_seconds"
+"""In ``ErrorInfo.metadata``: the ``eta`` of a ``Congested`` error."""
 MAX_TEXT: Final = 1024
 """Bytes of a message: an error travels in headers, of which clients take 8 KiB, and it can quote the request."""
 
@@ -35,10 +37,12 @@ STATUS: Final[dict[type[Img2ImgError], StatusCode]] = {
     errors.AccountMismatch: StatusCode.PERMISSION_DENIED,
     errors.NotFound: StatusCode.NOT_FOUND,
     errors.IdempotencyConflict: StatusCode.ALREADY_EXISTS,
+    errors.NotReplayable: StatusCode.FAILED_PRECONDITION,
     errors.ResultNotReady: StatusCode.FAILED_PRECONDITION,
     errors.ResultGone: StatusCode.NOT_FOUND,
     errors.Retryable: StatusCode.UNAVAILABLE,
     errors.NoCapacity: StatusCode.RESOURCE_EXHAUSTED,
+    errors.Congested: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyBytesInFlight: StatusCode.RESOURCE_EXHAUSTED,
     errors.WaitTimeout: StatusCode.DEADLINE_EXCEEDED,
     errors.ClientClosed: StatusCode.CANCELLED,
@@ -53,6 +57,9 @@ STATUS: Final[dict[type[Img2ImgError], StatusCode]] = {
 QUOTAS: Final[dict[type[Img2ImgError], str]] = {
     errors.RequestTooLarge: "request size",
     errors.NoCapacity: "free workers",
+    errors.QueueFull: "queued jobs",
+    errors.AccountQueueFull: "queued jobs of the account",
+    errors.DeadlineUnreachable: "time until the deadline",
     errors.TooManyBytesInFlight: "request bytes in flight",
 }
 
@@ -78,6 +85,8 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.
 
 
 def _details(error: Img2ImgError, metadata: dict[str, str]) -> Iterator[Message]:
+    if isinstance(error, Congested) and error.eta is not None:
+        metadata = metadata | {ETA_KEY: str(error.eta)}
     yield error_details_pb2.ErrorInfo(reason=error.code, domain=DOMAIN, metadata=metadata)
     if isinstance(error, InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(

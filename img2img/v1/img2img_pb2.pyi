@@ -78,20 +78,22 @@ class Img2ImgRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., image: _Optional[bytes] = ..., image_b64: _Optional[str] = ..., mask: _Optional[bytes] = ..., num_steps: _Optional[int] = ..., strength: _Optional[float] = ..., guidance: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class JobOptions(_message.Message):
-    __slots__ = ("priority", "deadline_seconds", "sampler", "output_format", "output_quality", "reject_if_busy")
+    __slots__ = ("priority", "deadline_seconds", "sampler", "output_format", "output_quality", "reject_if_busy", "not_before")
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_QUALITY_FIELD_NUMBER: _ClassVar[int]
     REJECT_IF_BUSY_FIELD_NUMBER: _ClassVar[int]
+    NOT_BEFORE_FIELD_NUMBER: _ClassVar[int]
     priority: int
     deadline_seconds: float
     sampler: Sampler
     output_format: OutputFormat
     output_quality: int
     reject_if_busy: bool
-    def __init__(self, priority: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., sampler: _Optional[_Union[Sampler, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_quality: _Optional[int] = ..., reject_if_busy: bool = ...) -> None: ...
+    not_before: _timestamp_pb2.Timestamp
+    def __init__(self, priority: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., sampler: _Optional[_Union[Sampler, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_quality: _Optional[int] = ..., reject_if_busy: bool = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class PictureInfo(_message.Message):
     __slots__ = ("format", "width", "height", "size_bytes")
@@ -151,8 +153,30 @@ class JobResult(_message.Message):
     expire_time: _timestamp_pb2.Timestamp
     def __init__(self, media_type: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
+class Eta(_message.Message):
+    __slots__ = ("p50", "p90")
+    P50_FIELD_NUMBER: _ClassVar[int]
+    P90_FIELD_NUMBER: _ClassVar[int]
+    p50: _timestamp_pb2.Timestamp
+    p90: _timestamp_pb2.Timestamp
+    def __init__(self, p50: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., p90: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class PastAttempt(_message.Message):
+    __slots__ = ("attempt", "worker", "start_time", "end_time", "error")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_FIELD_NUMBER: _ClassVar[int]
+    END_TIME_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    attempt: int
+    worker: str
+    start_time: _timestamp_pb2.Timestamp
+    end_time: _timestamp_pb2.Timestamp
+    error: JobError
+    def __init__(self, attempt: _Optional[int] = ..., worker: _Optional[str] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ...) -> None: ...
+
 class Job(_message.Message):
-    __slots__ = ("id", "state", "attempt", "parameters", "options", "seed", "create_time", "expire_time", "start_time", "finish_time", "queue_position", "step", "steps", "executed_by", "width", "height", "timings", "warnings", "error", "result")
+    __slots__ = ("id", "state", "attempt", "parameters", "options", "seed", "create_time", "expire_time", "start_time", "finish_time", "queue_position", "step", "steps", "executed_by", "width", "height", "timings", "warnings", "error", "result", "eta", "failures", "crashes", "interruptions", "replays", "history")
     class TimingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +204,12 @@ class Job(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    ETA_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    CRASHES_FIELD_NUMBER: _ClassVar[int]
+    INTERRUPTIONS_FIELD_NUMBER: _ClassVar[int]
+    REPLAYS_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: JobState
     attempt: int
@@ -200,7 +230,13 @@ class Job(_message.Message):
     warnings: _containers.RepeatedScalarFieldContainer[str]
     error: JobError
     result: JobResult
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., options: _Optional[_Union[JobOptions, _Mapping]] = ..., seed: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queue_position: _Optional[int] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., executed_by: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., timings: _Optional[_Mapping[str, float]] = ..., warnings: _Optional[_Iterable[str]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ...) -> None: ...
+    eta: Eta
+    failures: int
+    crashes: int
+    interruptions: int
+    replays: int
+    history: _containers.RepeatedCompositeFieldContainer[PastAttempt]
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., options: _Optional[_Union[JobOptions, _Mapping]] = ..., seed: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queue_position: _Optional[int] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., executed_by: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., timings: _Optional[_Mapping[str, float]] = ..., warnings: _Optional[_Iterable[str]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., eta: _Optional[_Union[Eta, _Mapping]] = ..., failures: _Optional[int] = ..., crashes: _Optional[int] = ..., interruptions: _Optional[int] = ..., replays: _Optional[int] = ..., history: _Optional[_Iterable[_Union[PastAttempt, _Mapping]]] = ...) -> None: ...
 
 class CreateJobRequest(_message.Message):
     __slots__ = ("request", "options", "idempotency_key")
@@ -277,7 +313,7 @@ class WatchJobRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
 
 class WatchJobResponse(_message.Message):
-    __slots__ = ("sequence", "type", "time", "state", "attempt", "stage", "step", "steps", "error")
+    __slots__ = ("sequence", "type", "time", "state", "attempt", "stage", "step", "steps", "error", "replays")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +323,7 @@ class WatchJobResponse(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    REPLAYS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     type: str
     time: _timestamp_pb2.Timestamp
@@ -296,7 +333,8 @@ class WatchJobResponse(_message.Message):
     step: int
     steps: int
     error: JobError
-    def __init__(self, sequence: _Optional[int] = ..., type: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., stage: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., error: _Optional[_Union[JobError, _Mapping]] = ...) -> None: ...
+    replays: int
+    def __init__(self, sequence: _Optional[int] = ..., type: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., stage: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., replays: _Optional[int] = ...) -> None: ...
 
 class CancelJobRequest(_message.Message):
     __slots__ = ("id",)
@@ -305,6 +343,18 @@ class CancelJobRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class CancelJobResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: Job
+    def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
+
+class ReplayJobRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class ReplayJobResponse(_message.Message):
     __slots__ = ("job",)
     JOB_FIELD_NUMBER: _ClassVar[int]
     job: Job

@@ -27,8 +27,8 @@ if _version_not_supported:
 
 class Img2ImgServiceStub(object):
     """Image-to-image jobs. Metadata `authorization: Bearer <key>` authenticates every call of this service.
-    Errors carry google.rpc.ErrorInfo (reason: the stable error code, domain "img2img"), and BadRequest or
-    RetryInfo where they apply.
+    Errors carry google.rpc.ErrorInfo (reason: the stable error code, domain "img2img"), and BadRequest, RetryInfo or
+    QuotaFailure where they apply.
     """
 
     def __init__(self, channel):
@@ -67,6 +67,11 @@ class Img2ImgServiceStub(object):
                 request_serializer=img2img_dot_v1_dot_img2img__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=img2img_dot_v1_dot_img2img__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.ReplayJob = channel.unary_unary(
+                '/img2img.v1.Img2ImgService/ReplayJob',
+                request_serializer=img2img_dot_v1_dot_img2img__pb2.ReplayJobRequest.SerializeToString,
+                response_deserializer=img2img_dot_v1_dot_img2img__pb2.ReplayJobResponse.FromString,
+                _registered_method=True)
         self.GetResult = channel.unary_stream(
                 '/img2img.v1.Img2ImgService/GetResult',
                 request_serializer=img2img_dot_v1_dot_img2img__pb2.GetResultRequest.SerializeToString,
@@ -76,8 +81,8 @@ class Img2ImgServiceStub(object):
 
 class Img2ImgServiceServicer(object):
     """Image-to-image jobs. Metadata `authorization: Bearer <key>` authenticates every call of this service.
-    Errors carry google.rpc.ErrorInfo (reason: the stable error code, domain "img2img"), and BadRequest or
-    RetryInfo where they apply.
+    Errors carry google.rpc.ErrorInfo (reason: the stable error code, domain "img2img"), and BadRequest, RetryInfo or
+    QuotaFailure where they apply.
     """
 
     def Generate(self, request, context):
@@ -109,7 +114,7 @@ class Img2ImgServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """Streams a job's event log from `after` on and ends after the terminal event.
+        """Streams a job's event log from `after` on and ends after the last, terminal event.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,6 +122,14 @@ class Img2ImgServiceServicer(object):
 
     def CancelJob(self, request, context):
         """Cancels a job in any state; cancelling an ended job changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplayJob(self, request, context):
+        """Runs a failed, canceled or expired job again under its id; one that is queued or runs goes on as it is, and one
+        that succeeded is refused. Its event log and its history go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,6 +175,11 @@ def add_Img2ImgServiceServicer_to_server(servicer, server):
                     request_deserializer=img2img_dot_v1_dot_img2img__pb2.CancelJobRequest.FromString,
                     response_serializer=img2img_dot_v1_dot_img2img__pb2.CancelJobResponse.SerializeToString,
             ),
+            'ReplayJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplayJob,
+                    request_deserializer=img2img_dot_v1_dot_img2img__pb2.ReplayJobRequest.FromString,
+                    response_serializer=img2img_dot_v1_dot_img2img__pb2.ReplayJobResponse.SerializeToString,
+            ),
             'GetResult': grpc.unary_stream_rpc_method_handler(
                     servicer.GetResult,
                     request_deserializer=img2img_dot_v1_dot_img2img__pb2.GetResultRequest.FromString,
@@ -177,8 +195,8 @@ def add_Img2ImgServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Img2ImgService(object):
     """Image-to-image jobs. Metadata `authorization: Bearer <key>` authenticates every call of this service.
-    Errors carry google.rpc.ErrorInfo (reason: the stable error code, domain "img2img"), and BadRequest or
-    RetryInfo where they apply.
+    Errors carry google.rpc.ErrorInfo (reason: the stable error code, domain "img2img"), and BadRequest, RetryInfo or
+    QuotaFailure where they apply.
     """
 
     @staticmethod
@@ -333,6 +351,33 @@ class Img2ImgService(object):
             '/img2img.v1.Img2ImgService/CancelJob',
             img2img_dot_v1_dot_img2img__pb2.CancelJobRequest.SerializeToString,
             img2img_dot_v1_dot_img2img__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplayJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/img2img.v1.Img2ImgService/ReplayJob',
+            img2img_dot_v1_dot_img2img__pb2.ReplayJobRequest.SerializeToString,
+            img2img_dot_v1_dot_img2img__pb2.ReplayJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

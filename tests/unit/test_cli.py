@@ -80,12 +80,12 @@ def test_gateway_options_become_settings() -> None:
 def test_worker_options_become_settings() -> None:
     """The worker reads the URL and the engine from its options, which win over the variables."""
     ended = run(
-        *("worker", "--engine", "fake", "--redis-url", "unix:///nowhere.sock"),
+        *("worker", "--engine", "fake", "--redis-url", "nonsense"),
         IMG2IMG_ENGINE="nonsense",
-        IMG2IMG_REDIS_URL="nonsense",
+        IMG2IMG_REDIS_URL="redis://127.0.0.1:1",
     )
-    assert ended.returncode == 1
-    assert "img2img worker: The queue server does not answer" in ended.stderr
+    assert ended.returncode == 2
+    assert "img2img worker: IMG2IMG_REDIS_URL: it must begin with redis://" in ended.stderr
 
 
 def test_an_unknown_option_is_usage() -> None:
