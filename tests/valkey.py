@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Self
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from img2img.embedded import find_binary
 from tests.stack import eventually
@@ -20,15 +22,18 @@ def free_port() -> int:
 class ValkeyServer:
     """A server, or a sentinel, in ``folder``, with ``config`` lines of its own; ended when the block is left."""
 
-    def __init__(self, folder: Path, *config: str, sentinel: bool = False) -> None:
+    def __init__(self, folder: Path, *config: str, password: str | None = None, sentinel: bool = False) -> None:
         self.port = free_port()
+        self._password = password
         self._folder = folder
         self._sentinel = sentinel
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [f"port {self.port}", "bind 127.0.0.1", 'save ""', *config]
-        if sentinel:
-            lines.remove('save ""')
+        lines = [f"port {self.port}", "bind 127.0.0.1", *config]
+        if not sentinel:
+            lines.append('save ""')
+        if password is not None:
+            lines.append(f'requirepass "{password}"')
         (folder / "server.conf").write_text("\n".join([*lines, ""]))
 
     def __enter__(self) -> Self:
@@ -49,7 +54,9 @@ class ValkeyServer:
         return self._process.pid
 
     def client(self) -> "redis.Redis":
-        return redis.Redis(host="127.0.0.1", port=self.port)
+        """For the test's own use; connects again when a failover or a restart has cut it off."""
+        again = Retry(NoBackoff(), 3)
+        return redis.Redis(host="127.0.0.1", port=self.port, password=self._password, retry=again)
 
     def start(self) -> None:
         """Start it, again on the same port and data; it may not answer yet."""
