@@ -25,9 +25,6 @@ from img2img.settings import Settings
 
 HOST: Final = "127.0.0.1"
 MAX_CRASHES: Final = 5  # in a row
-STEADY_SECONDS: Final = 30.0  # after which a crash is the first of its row again
-FIRST_PAUSE: Final = 0.2
-LONGEST_PAUSE: Final = 5.0
 DRAIN_SECONDS: Final = 10.0
 DRAIN_MARGIN: Final = 10.0
 PORT_PATIENCE: Final = 1.0
@@ -44,6 +41,21 @@ LEFT_OUT: Final = frozenset({"IMG2IMG_TLS_CERT", "IMG2IMG_TLS_KEY"})  # loopback
 
 class ServiceFailed(Exception):
     """A child process crashed so often, or so clearly, that starting it again makes no sense."""
+
+
+class Pauses(msgspec.Struct, frozen=True):
+    """The seconds before a service is started again: ``first``, then twice as long each time, up to ``longest``.
+
+    A service that ran for ``steady`` seconds begins with the first one again.
+    """
+
+    first: float
+    longest: float
+    steady: float
+
+
+SERVER_PAUSES: Final = Pauses(0.2, 5.0, 30.0)
+WORKER_PAUSES: Final = Pauses(1.0, 30.0, 60.0)
 
 
 class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +88,11 @@ class Report(Protocol):
 
 
 class Service:
-    """One child process that is started again when it ends, a little later each time."""
+    """One child process that is started again when it ends, a little later each time.
+
+    When it crashes too often in a row it is given up, unless ``is_proven`` says that it can work: then a job may be
+    to blame, and the queue sees to such a job.
+    """
 
     def __init__(
         self,
@@ -85,12 +101,15 @@ class Service:
         tail: Callable[[], Sequence[str]],
         grace: float,
         report: Report,
+        pauses: Pauses,
     ) -> None:
         self.name = name
+        self.is_proven = False
         self._start = start
         self._tail = tail
         self._grace = grace
         self._report = report
+        self._pauses = pauses
         self._process: ChildProcess | None = None
         self._keeper: asyncio.Task[None] | None = None
 
@@ -136,15 +155,17 @@ class Service:
             self._process.kill()
 
     async def _keep(self, process: ChildProcess) -> None:
-        crashes = 0
+        crashes, pause = 0, 0.0
         while True:
             started = time.monotonic()
             status = await process.wait()
-            crashes = 1 if time.monotonic() - started > STEADY_SECONDS else crashes + 1
+            if crashes == 0 or time.monotonic() - started > self._pauses.steady:
+                crashes, pause = 1, self._pauses.first
+            else:
+                crashes, pause = crashes + 1, min(2 * pause, self._pauses.longest)
             how = describe_exit(status)
-            if status == CONFIGURATION_STATUS or crashes >= MAX_CRASHES:
+            if status == CONFIGURATION_STATUS or (crashes >= MAX_CRASHES and not self.is_proven):
                 raise self._failure(how, crashes)
-            pause = min(FIRST_PAUSE * 2 ** (crashes - 1), LONGEST_PAUSE)
             self._report.say(f"{self.name} ended ({how}): starting it again in {pause:.1f} s")
             await asyncio.sleep(pause)
             process = self._process = await self._start()
@@ -212,6 +233,8 @@ class Supervisor:
                         break
                     self._report.waiting("a worker to load its model")
                 await asyncio.sleep(POLL_SECONDS)
+        for worker in self._workers:
+            worker.is_proven = True
         self._report.waiting("")
 
     async def wait(self) -> None:
@@ -248,7 +271,7 @@ class Supervisor:
         self._report.waiting("Valkey")
         valkey = EmbeddedValkey(self.options.data_dir, lock=lock)
         await self._resources.enter_async_context(valkey)
-        self._valkey = Service("valkey", valkey.start, valkey.tail, STOP_GRACE, self._report)
+        self._valkey = Service("valkey", valkey.start, valkey.tail, STOP_GRACE, self._report, SERVER_PAUSES)
         self._valkey.adopt(valkey.process)
         environment["IMG2IMG_REDIS_URL"] = valkey.url
 
@@ -286,7 +309,8 @@ class Supervisor:
             tail.clear()
             return await ChildProcess.start(name, self._commands[program], take, environment=environment)
 
-        return Service(name, start, lambda: tail, grace, self._report)
+        pauses = WORKER_PAUSES if program == "worker" else SERVER_PAUSES
+        return Service(name, start, lambda: tail, grace, self._report, pauses)
 
     def _environment(self) -> dict[str, str]:
         """The children's environment: ours, with what this command decides on top."""

@@ -1,5 +1,6 @@
 """``img2img up`` as a user meets it: real processes, a real terminal, real signals."""
 
+import asyncio
 import re
 import signal
 import socket
@@ -10,12 +11,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from img2img.client import Client, JobState
-from img2img.up import ServiceFailed, Supervisor, UpOptions
+from img2img.client import AsyncClient, Client, JobState
+from img2img.up import MAX_CRASHES, Pauses, ServiceFailed, Supervisor, UpOptions
 from tests.stack import eventually
 from tests.up.running import Terminal, Up, kill, run
 
 PNG = b"\x89PNG"
+QUICK = Pauses(first=0.01, longest=0.02, steady=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +188,7 @@ class Silence:
 
 async def test_giving_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that crashes five times in a row is given up, with its last words; the others are stopped."""
-    monkeypatch.setattr("img2img.up.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("img2img.up.WORKER_PAUSES", QUICK)
     commands = {"gateway": ("sleep", "1000"), "worker": ("sh", "-c", "echo no luck; exit 3")}
     options = UpOptions(data_dir=tmp_path, http_port=0, grpc_port=0)
     report = Silence()
@@ -194,6 +196,25 @@ async def test_giving_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         async with Supervisor(options, report, commands) as supervisor:
             await supervisor.wait()
     assert len(report.said) == 4
+
+
+async def test_a_worker_that_has_worked_is_never_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the service was ready a worker is replaced however often it dies: one bad job may kill many."""
+    monkeypatch.setattr("img2img.up.WORKER_PAUSES", QUICK)
+    options = UpOptions(data_dir=tmp_path, engine="fake", http_port=0, grpc_port=0)
+    report = Silence()
+    async with Supervisor(options, report) as supervisor:
+        await supervisor.ready()
+        worker = supervisor.services[-1]
+        for crashes in range(1, MAX_CRASHES + 2):
+            before = worker.pid
+            assert before
+            kill(before)
+            await asyncio.to_thread(eventually, lambda before=before: worker.pid != before, "another worker")
+            assert len(report.said) == crashes
+        async with AsyncClient(f"127.0.0.1:{supervisor.options.grpc_port}") as client:
+            picture = await client.generate(prompt="a lion", timeout=60)
+    assert picture.data.startswith(PNG)
 
 
 async def test_a_refused_setting_is_not_tried_again(tmp_path: Path) -> None:
