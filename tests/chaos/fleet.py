@@ -28,6 +28,8 @@ PORTS: Final = (20_000, 32_000)
 START_TRIES: Final = 60
 START_PAUSE: Final = 0.3
 ERRORS_SHOWN: Final = 20
+TOLERATED: Final = "running task(s), timeout graceful shutdown exceeded"
+"""uvicorn's word for calls that a silent server outlasts; their callers are told to come again."""
 LOST_RESULTS: Final = ("result_discarded", "lease_lost")
 
 
@@ -131,7 +133,7 @@ class Member:
             life.ready = time.time()
             self.up.set()
         life.discarded += event in LOST_RESULTS
-        if entry.get("level") in ("error", "critical"):
+        if entry.get("level") in ("error", "critical") and not str(event).endswith(TOLERATED):
             life.errors.append(line)
 
     async def _stop(self, child: ChildProcess, life: Life) -> None:

@@ -1,4 +1,4 @@
-"""How soon the jobs of a killed worker ran again, and what else the logs tell together with the faults."""
+"""What the logs tell together with the faults: how soon a killed worker's jobs ran again, and who was thought dead."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from img2img.jobs import JobEvent
-from tests.chaos.checker import KINDS, Violation
+from tests.chaos.checker import KINDS
 from tests.chaos.faults import Done, Kind
 from tests.chaos.fleet import Fleet
 from tests.chaos.store import Stored
@@ -105,18 +105,26 @@ def measure_restarts(fleet: Fleet, faults: Sequence[Done], jobs: Sequence[Stored
     return found
 
 
-def unexplained(fleet: Fleet, faults: Sequence[Done], jobs: Sequence[Stored]) -> Iterator[Violation]:
-    """Jobs that lost their worker although nothing had happened to it or to the server: see ``Violation``."""
-    lease = fleet.profile.lease
+class Crash(msgspec.Struct, frozen=True):
+    """A worker that was thought dead: ``cause`` is what had been done to it, or to the server, or None."""
+
+    job_id: str
+    seq: int
+    worker: str
+    cause: str | None
+
+
+def find_crashes(fleet: Fleet, faults: Sequence[Done], jobs: Sequence[Stored]) -> Iterator[Crash]:
+    """Every time that a job lost its worker."""
+    reach = fleet.profile.lease + SLACK
     for stored in jobs:
         events = [event for event in stored.events if event.type != "progress"]
         for start, lost in pairwise(events):
             error = lost.data.get("error")
             if start.type != "running" or not isinstance(error, dict) or KINDS.get(error["code"]) != "crashes":
                 continue
-            worker, at = start.data["worker"], lost.at / 1000
-            reasons = (fault for fault in faults if fault.target == worker or fault.kind in HURTS_SERVER)
-            if not any(Span(fault.started, fault.ended + SLACK).meets(at - lease - SLACK, at) for fault in reasons):
-                yield Violation(
-                    f"event {lost.seq}: {worker} was lost, but nothing had happened to it or the server", stored.id
-                )
+            worker, at = str(start.data["worker"]), lost.at / 1000
+            near = [fault for fault in faults if Span(fault.started, fault.ended + SLACK).meets(at - reach, at)]
+            own = any(fault.target == worker for fault in near)
+            others = any(fault.kind in HURTS_SERVER for fault in near)
+            yield Crash(stored.id, lost.seq, worker, "worker" if own else "server" if others else None)

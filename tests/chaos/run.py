@@ -28,7 +28,7 @@ from tests.chaos.load import Load
 from tests.chaos.pictures import check_pictures
 from tests.chaos.profile import Profile, quick
 from tests.chaos.report import describe
-from tests.chaos.restarts import LIMIT, Restart, measure_restarts, unexplained
+from tests.chaos.restarts import LIMIT, Crash, Restart, find_crashes, measure_restarts
 from tests.chaos.store import Snapshot, read_snapshot, wait_until_idle
 
 UP_SECONDS: Final = 60.0
@@ -58,7 +58,8 @@ async def run(profile: Profile, folder: Path, *, timed: bool = True) -> Result:
         violations += await check_pictures(fleet, snapshot)
     jobs = list(snapshot.jobs.values())
     restarts = measure_restarts(fleet, injector.done, jobs)
-    strange = list(unexplained(fleet, injector.done, jobs))
+    crashes = list(find_crashes(fleet, injector.done, jobs))
+    strange = [_unexplained(crash) for crash in crashes if crash.cause is None]
     violations += [*_check(load, snapshot, profile), *strange, *map(Violation, fleet.complaints())]
     if timed:
         violations += [Violation(f"restarted after {late.seconds:.1f} s", late.job_id) for late in _late(restarts)]
@@ -72,6 +73,8 @@ async def run(profile: Profile, folder: Path, *, timed: bool = True) -> Result:
         "faults": Counter(done.kind.value for done in injector.done),
         "faults_skipped": injector.skipped,
         **_restart_figures(restarts),
+        "crashes": len(crashes),
+        "crashes_by_server": sum(crash.cause == "server" for crash in crashes),
         "unexplained": len(strange),
         "violations": len(violations),
     }
@@ -129,6 +132,11 @@ def _restart_figures(restarts: Sequence[Restart]) -> dict[str, Any]:
         "restart_max_s": round(max(fair), 2) if fair else None,
         "restart_p50_s": round(statistics.median(fair), 2) if fair else None,
     }
+
+
+def _unexplained(crash: Crash) -> Violation:
+    what = f"event {crash.seq}: {crash.worker} was lost, but nothing had happened to it or to the server"
+    return Violation(what, crash.job_id)
 
 
 def _late(restarts: Sequence[Restart]) -> list[Restart]:

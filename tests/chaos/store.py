@@ -13,8 +13,8 @@ JOB_ID: Final = re.compile(rb"\{?0\}?-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12
 ALIVE: Final = "arq:queue:{0}:default"
 QUARANTINE: Final = f"{PREFIX}quarantine:default"
 BLOB: Final = f"{PREFIX}blob:"
-OF_LIVING_JOBS: Final = ("arq:job:", "arq:in-progress:", "arq:retry:", f"{PREFIX}waiters:")
-"""What must be gone when a job has ended."""
+OF_LIVING_JOBS: Final = ("arq:job:", "arq:in-progress:", f"{PREFIX}waiters:")
+"""What must be gone when a job has ended; arq:retry may come back when a fenced attempt starts late, for a day."""
 
 
 class Stored(msgspec.Struct):
