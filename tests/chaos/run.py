@@ -154,7 +154,11 @@ def main() -> None:
     if given.crash_limit is not None:
         profile = msgspec.structs.replace(profile, crash_limit=given.crash_limit)
     folder = Path(tempfile.mkdtemp(prefix="img2img-chaos-"))
-    result = asyncio.run(run(profile, folder, timed=not given.quick))
+    try:
+        result = asyncio.run(run(profile, folder, timed=not given.quick))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"stopped before the end; logs: {folder}\n")
+        sys.exit(130)
     if result.report:
         (folder / "report.txt").write_text(result.report)
         sys.stderr.write(f"{result.report}\n\nlogs: {folder}\n")
