@@ -50,8 +50,13 @@ proto: $(VENV)/.test ## Generate img2img/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) \
 		--grpc_python_out=$(PROTO_OUT) proto/img2img/v1/img2img.proto
 
-bench: $(VENV)/.test ## Run the benchmarks (BENCH=gateway for one, QUICK=1 for a short run)
-	@for name in $(or $(BENCH),gateway); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
+bench: $(VENV)/.test ## Run the benchmarks (BENCH=queue for one, QUICK=1 for a short run)
+	@for name in $(or $(BENCH),gateway queue queue_scale); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
+
+CHAOS_SECONDS ?= 600
+CHAOS_SEED ?= 7
+chaos: $(VENV)/.test ## Run the fault test (CHAOS_SECONDS=600 CHAOS_SEED=7)
+	@$(BIN)/python -m tests.chaos.run --seconds $(CHAOS_SECONDS) --seed $(CHAOS_SEED)
 
 lock: ## Resolve the dependencies anew into requirements.lock
 	@rm -rf $(VENV)/lock && $(PYTHON) -m venv $(VENV)/lock
