@@ -143,6 +143,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
+        self._arm()
         self._thread.start()
         return self
 
@@ -205,14 +206,20 @@ class Watchdog:
     def _run(self) -> None:
         last = time.monotonic()
         while not self._closed.wait(self._tick):
-            # Native code that does not let go of the interpreter stops this thread too, but not this timer.
-            longest = max((watch.mark.limit for watch in tuple(self._watches)), default=self._phase_limit)
-            faulthandler.dump_traceback_later(longest + 2 * self._tick, exit=True)
+            self._arm()
             now = time.monotonic()
-            # When this thread did not run either, the process was stopped or its machine frozen: nothing hangs.
+            # Time in which this thread did not run either counts for little: the process was stopped or starved.
             if hung := self.look(min(now - last, 2 * self._tick)):
                 self._end(hung)
             last = now
+
+    def _arm(self) -> None:
+        """Set the timer for native code that does not let go of the interpreter: that stops this thread, too.
+
+        It needs no interpreter: it shows the stacks and ends the process, with exit status 1.
+        """
+        longest = max((watch.mark.limit for watch in tuple(self._watches)), default=self._phase_limit)
+        faulthandler.dump_traceback_later(longest + 2 * self._tick, exit=True)
 
     def _end(self, hung: list[Hung]) -> NoReturn:
         try:

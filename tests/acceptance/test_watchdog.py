@@ -1,6 +1,9 @@
 """A worker that hangs ends itself and its jobs run elsewhere; one that is only slow, or held up, keeps its jobs."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -79,6 +82,51 @@ def test_a_crash_is_no_matter_for_the_next_worker(stack: Stack) -> None:
         assert crashing.wait() == -9
         stack.worker(**MENDED)
         assert ended(client, job_id)["state"] == "succeeded"
+
+
+STUCK_LOAD = """
+import asyncio
+from img2img import telemetry
+from img2img.settings import Settings
+from worker.engines.fake import FakeEngine
+from worker.main import serve
+from worker.watchdog import Watchdog
+
+class StuckEngine(FakeEngine):
+    async def __aenter__(self):
+        await asyncio.Event().wait()
+
+telemetry.configure_logging("info", "json")
+with Watchdog(60.0, 0.5) as watchdog:
+    asyncio.run(serve(Settings.from_environment(), StuckEngine(), watchdog))
+"""
+# A pattern that takes years to find that it does not match, and never lets another thread run.
+STUCK_INTERPRETER = """
+import re
+from worker.watchdog import Watchdog
+
+with Watchdog(0.5, 0.5):
+    re.match(r"(a+)+$", 50 * "a" + "b")
+"""
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+
+
+def test_a_model_that_never_finishes_loading_is_noticed(valkey_url: str) -> None:
+    """Before the worker is known to anybody, its engine hangs."""
+    process = run(STUCK_LOAD, IMG2IMG_REDIS_URL=valkey_url)
+    assert process.returncode == STALLED_STATUS
+    assert '"what": "loading the model"' in process.stderr
+
+
+def test_native_code_that_keeps_the_interpreter_is_ended() -> None:
+    """Nothing written in Python runs any more; the stacks are shown all the same."""
+    process = run(STUCK_INTERPRETER)
+    assert process.returncode == 1
+    assert "in match" in process.stderr
 
 
 class Line:
