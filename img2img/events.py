@@ -1,6 +1,6 @@
 """A job's numbered event log, and the hub through which one process follows many jobs.
 
-The log is a stream per job, written only by the queue's scripts. Pub/sub is nothing but a doorbell: each ring
+The log is a list per job, written only by the queue's scripts: an event's number is its place. Pub/sub is nothing but a doorbell: each ring
 makes the follower read on from the last sequence number it has, so a lost ring, a coalesced ring or a
 reconnect can never lose or double an event.
 """
@@ -33,6 +33,14 @@ RECONNECT_SECONDS: Final = 0.5
 log = structlog.get_logger(__name__)
 
 
+class _Written(msgspec.Struct, frozen=True):
+    """An event as the scripts write it."""
+
+    type: str
+    at: int
+    data: dict[str, object]
+
+
 class Follower:
     """One watcher of one job: an endless iterator over its events, in order, without gaps."""
 
@@ -61,10 +69,10 @@ class Follower:
             raise Unavailable("This gateway no longer hears of jobs and is about to end: try again")
         self._bell.clear()
         with translated():
-            entries = await self._queue.redis.xrange(
-                self._queue.events_key(self._job_id), min=f"({self._after}-0", count=READ_LIMIT
+            entries: list[bytes] = await self._queue.redis.lrange(  # type: ignore[misc]
+                self._queue.events_key(self._job_id), self._after, self._after + READ_LIMIT - 1
             )
-        events = [_event(entry_id, fields) for entry_id, fields in entries]
+        events = [_event(number, entry) for number, entry in enumerate(entries, self._after + 1)]
         if events:
             self._after = events[-1].seq
         if len(events) == READ_LIMIT or self._deaf:
@@ -235,10 +243,7 @@ class EventHub:
                 follower.ring()
 
 
-def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> JobEvent:
-    return JobEvent(
-        seq=int(entry_id.partition(b"-")[0]),
-        type=fields[b"type"].decode(),
-        at=int(fields[b"at"]),
-        data=msgspec.json.decode(fields[b"data"], type=dict[str, object]),
-    )
+def _event(number: int, entry: bytes) -> JobEvent:
+    """The event at place ``number`` of a log."""
+    written = msgspec.json.decode(entry, type=_Written)
+    return JobEvent(seq=number, type=written.type, at=written.at, data=written.data)

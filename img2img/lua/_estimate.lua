@@ -4,28 +4,29 @@
 -- Whatever the load, half of the jobs end before p50 and nine of ten before p90 in the long run.
 
 local MAX_TENANTS_SEEN = 100
-local FIRST_P90 = 0.5
-local SLOWEST_RATE = 0.03
+local FIRST = { p50 = 0, p90 = 0.5 }
+local SHARES = { p50 = 0.5, p90 = 0.9 }
+local RATE, SLOWEST_RATE = 0.3, 0.03
 
 -- The work before a job that stands behind `ahead` jobs of its tenant: seconds, and the number of jobs.
 -- Every other tenant gets its share until the job's own tag comes up.
-local function work_before(queue, account, ahead)
-  local per_job, per_unit = backlog_line(queue)
+local function work_before(queue, totals, measures, account, ahead)
+  if not totals.units then return 0, 0 end
+  local per_job, per_unit = backlog_line(measures)
   local function backlog(other)
-    local jobs = redis.call('ZCARD', queue.ready .. other)
-    return jobs * per_job + number_of(queue.tenant .. other, 'units') * per_unit, jobs
+    local jobs = redis.call('ZCARD', ready_of(queue, other))
+    local tenant = redis.call('HMGET', tenant_of(queue, other), 'units', 'weight')
+    return jobs * per_job + (tenant[1] or 0) / 1000 * per_unit, jobs, tonumber(tenant[2] or 1)
   end
-  local seconds, jobs = backlog(account)
+  local seconds, jobs, weight = backlog(account)
   local work, position = jobs > 0 and seconds * ahead / jobs or 0, ahead
-  local tag = tonumber(redis.call('ZSCORE', queue.tenants, account) or entry_tag(queue, account))
-  local weight = tonumber(redis.call('HGET', queue.tenant .. account, 'weight') or 1)
+  local tag = tonumber(redis.call('ZSCORE', queue.tenants, account) or entry_tag(queue, account, totals.clock))
   local own_tag = tag + work / weight
   local others = redis.call(
     'ZRANGE', queue.tenants, '-inf', decimal(own_tag), 'BYSCORE', 'LIMIT', 0, MAX_TENANTS_SEEN, 'WITHSCORES')
   for i = 1, #others, 2 do
     if others[i] ~= account then
-      seconds, jobs = backlog(others[i])
-      weight = tonumber(redis.call('HGET', queue.tenant .. others[i], 'weight') or 1)
+      seconds, jobs, weight = backlog(others[i])
       local share = math.min(seconds, (own_tag - tonumber(others[i + 1])) * weight)
       work = work + share
       position = position + (seconds > 0 and math.ceil(jobs * share / seconds) or 0)
@@ -35,13 +36,13 @@ local function work_before(queue, account, ahead)
 end
 
 -- Seconds until `work` seconds of ready jobs have been started, or nil when nobody works.
-local function wait_for_slot(queue, work, position)
-  local slots = number_of(queue.totals, 'slots')
+local function wait_for_slot(queue, totals, work, position)
+  local slots = totals.slots or 0
   if slots <= 0 then return nil end
   local running = redis.call('ZCARD', queue.leases)
   if position < slots - running then return 0 end
-  local elapsed = (running * NOW - number_of(queue.totals, 'running_since')) / 1000
-  return (math.max(0, number_of(queue.totals, 'running_seconds') - elapsed) + work) / slots
+  local elapsed = running * NOW - (totals.running_since or 0)
+  return (math.max(0, (totals.running_ms or 0) - elapsed) / 1000 + work) / slots
 end
 
 -- Waits that are nothing, of the order of the job itself, or longer: each errs in its own way.
@@ -50,35 +51,33 @@ local function bucket_of(wait, seconds)
   return wait < 3 * seconds and '1' or '2'
 end
 
-local function quantile(key, name, bucket)
-  local log = redis.call('HGET', key, name .. ':' .. bucket)
-  return math.exp(tonumber(log or (name == 'p90' and FIRST_P90 or 0)))
-end
+local function log_quantile(measures, name, bucket) return tonumber(measures[name][bucket] or FIRST[name]) end
 
 -- Learns from a finished job: its own seconds, and how far off the expected time to completion was.
 local function learn(queue, id)
-  local job = redis.call('HMGET', job_key(id), 'engine', 'size', 'steps', 'area', 'started', 'expected', 'bucket', 'since')
-  if not job[1] or not job[5] then return end
-  local key, steps, seconds = queue.service .. job[1], tonumber(job[3]), (NOW - job[5]) / 1000
-  add_sample(key, job[2], steps, seconds)
-  add_sample(key, '*', steps * job[4], seconds)
-  redis.call('HSET', queue.totals, 'engine', job[1])
-  if job[6] then
-    local error = math.log(math.max(NOW - job[8], 1) / 1000 / tonumber(job[6]))
-    local seen = redis.call('HINCRBY', key, 'seen:' .. job[7], 1)
-    local rate = math.max(SLOWEST_RATE, 0.3 / math.sqrt(seen))
-    for name, share in pairs({ p50 = 0.5, p90 = 0.9 }) do
-      local at = math.log(quantile(key, name, job[7]))
-      redis.call('HSET', key, name .. ':' .. job[7], decimal(at + rate * (share - (error <= at and 1 or 0))))
+  local v = redis.call('HMGET', job_key(id), 'engine', 'size', 'steps', 'area', 'started', 'expected', 'bucket', 'since')
+  local engine, size, steps, area, bucket = v[1], v[2], tonumber(v[3]), v[4], v[7]
+  if not engine then return end
+  local seconds, measures = (NOW - v[5]) / 1000, measures_of(queue, engine, size)
+  local learned = { size, with_sample(measures.own, steps, seconds), '*', with_sample(measures.all, steps * area, seconds) }
+  if v[6] then
+    local error = math.log(math.max(NOW - v[8], 1) / 1000 / tonumber(v[6]))
+    local rate = math.max(SLOWEST_RATE, RATE / math.sqrt(redis.call('HINCRBY', measures.key, 'seen:' .. bucket, 1)))
+    for name, share in pairs(SHARES) do
+      local at = log_quantile(measures, name, bucket)
+      learned[#learned + 1] = name .. ':' .. bucket
+      learned[#learned + 1] = decimal(at + rate * (share - (error <= at and 1 or 0)))
     end
   end
-  redis.call('PEXPIRE', key, KEPT)
+  redis.call('HSET', measures.key, unpack(learned))
+  redis.call('PEXPIRE', measures.key, KEPT)
+  redis.call('HSET', queue.totals, 'engine', engine)
 end
 
 -- Expected seconds to completion with its p50 and p90, for a job that waits and then runs `seconds`.
-local function completion(queue, wait, seconds)
-  local key, bucket = engine_key(queue), bucket_of(wait, seconds)
-  local expected = wait + seconds
-  local p50 = expected * quantile(key, 'p50', bucket)
-  return { expected = expected, bucket = bucket, p50 = p50, p90 = math.max(p50, expected * quantile(key, 'p90', bucket)) }
+local function completion(measures, wait, seconds)
+  local bucket, expected = bucket_of(wait, seconds), wait + seconds
+  local p50 = expected * math.exp(log_quantile(measures, 'p50', bucket))
+  local p90 = expected * math.exp(log_quantile(measures, 'p90', bucket))
+  return { expected = expected, bucket = bucket, p50 = p50, p90 = math.max(p50, p90) }
 end

@@ -2,33 +2,29 @@
 
 local HISTORY = 20
 
-local function unlist(id, queue)
-  local account = field(id, 'account')
-  redis.call('ZREM', queue.alive, arq_id(id))
+-- Takes a job that has not started out of every index.
+local function leave_waiting(id, queue, account, units)
   redis.call('ZREM', queue.delayed, id)
   redis.call('ZREM', queue.suspects, id)
-  redis.call('ZREM', queue.abandon, id)
-  leave_running(queue, id)
   if not account then
     redis.call('ZREM', queue.expiry, id)
     return
   end
   leave_queued(queue, id, account)
-  if redis.call('ZREM', queue.ready .. account, id) == 1 then
-    left_ready(queue, account, tonumber(field(id, 'units')))
-  end
+  if redis.call('ZREM', ready_of(queue, account), id) == 1 then left_ready(queue, account, units) end
 end
 
 -- An index can outlive a record, when nobody swept for longer than the record is kept. Such a member goes.
 local function exists(id)
   if redis.call('HEXISTS', job_key(id), 'spec') == 1 then return true end
-  unlist(id, OWN)
+  redis.call('ZREM', OWN.alive, arq_id(id))
+  redis.call('ZREM', OWN.abandon, id)
+  leave_running(OWN, id)
+  leave_waiting(id, OWN)
   return false
 end
 
-local function arq_payload(id)
-  return cjson.encode({ t = cjson.null, f = 'generate', a = { id }, k = {}, et = NOW })
-end
+local function arq_payload(id) return '{"t":null,"f":"generate","a":["' .. id .. '"],"k":{},"et":' .. int(NOW) .. '}' end
 
 local function failure(code, message) return { code = code, message = message } end
 
@@ -57,21 +53,28 @@ end
 
 -- The only way into a terminal state: record, terminal event, arq's result and every index in one go.
 local function finalize(id, state, outcome)
-  local key, arq, queue = job_key(id), arq_id(id), keys_of_job(id)
-  local job = redis.call('HMGET', key, 'keep', 'attempt', 'created', 'started', 'inputs', 'quarantined')
-  local keep = tonumber(job[1])
+  local key, arq = job_key(id), arq_id(id)
+  local job = redis.call('HMGET', key, 'keep', 'attempt', 'created', 'started', 'inputs', 'quarantined', 'queue', 'state',
+    'ms', 'account', 'units')
+  local keep, queue = job[1], queue_named(job[7])
   redis.call('HSET', key, 'state', state, 'finished', int(NOW), 'outcome', outcome)
   if state == 'succeeded' then learn(queue, id) end
   local result = cjson.encode({
     t = tonumber(job[2]), f = 'generate', a = { id }, k = {}, et = tonumber(job[3]),
     s = state == 'succeeded', r = outcome, st = tonumber(job[4] or NOW), ft = NOW, q = queue.alive, id = arq,
   })
-  redis.call('SET', 'arq:result:' .. arq, result, 'PX', int(keep))
+  redis.call('SET', 'arq:result:' .. arq, result, 'PX', keep)
   redis.call('DEL', 'arq:job:' .. arq, 'arq:in-progress:' .. arq, 'arq:retry:' .. arq, P .. 'waiters:' .. id)
-  unlist(id, queue)
+  redis.call('ZREM', queue.alive, arq)
+  redis.call('ZREM', queue.abandon, id)
+  if job[8] == 'running' then
+    leave_running(queue, id, job[9], job[4])
+  else
+    leave_waiting(id, queue, job[10], job[11])
+  end
   emit(id, state, outcome)
-  redis.call('PEXPIRE', key, int(keep))
-  redis.call('PEXPIRE', P .. 'events:' .. id, int(keep))
+  redis.call('PEXPIRE', key, keep)
+  redis.call('PEXPIRE', P .. 'events:' .. id, keep)
   discard_inputs(job[5], job[6] and keep or 0)
 end
 
@@ -84,43 +87,50 @@ local function cancel(id, reason)
 end
 
 -- Ready for a worker. A job whose worker died runs alone next time, so that only the culprit is found guilty twice.
-local function make_ready(queue, id)
-  if field(id, 'crashes') then
+local function make_ready(queue, id, job)
+  if job.crashes then
     redis.call('ZADD', queue.suspects, int(NOW), id)
   else
-    enter_ready(queue, id)
+    enter_ready(queue, id, job)
   end
   wake(queue)
 end
 
+-- What it takes to put a job of that record into a queue.
+local function placing_of(id)
+  local v = redis.call('HMGET', job_key(id), 'account', 'score', 'units', 'expires', 'weight', 'crashes', 'queue')
+  return { account = v[1], score = v[2], units = v[3], expires = v[4], weight = v[5], crashes = v[6] }, queue_named(v[7])
+end
+
 -- Into the queue: ready at `due`, or at once when that has passed.
-local function enqueue(id, due, data)
-  local queue = keys_of_job(id)
-  redis.call('HSET', job_key(id), 'state', 'queued')
-  enter_queued(queue, id, field(id, 'account'))
+local function enqueue(queue, id, job, due, data)
+  enter_queued(queue, id, job)
   if due > NOW then
     redis.call('ZADD', queue.delayed, int(due), id)
     wake(queue)
   else
-    make_ready(queue, id)
+    make_ready(queue, id, job)
   end
   emit(id, 'queued', data)
 end
 
 -- Back into the queue, at its old place; `delay` in milliseconds.
 local function requeue(id, delay, code, message)
-  redis.call('HDEL', job_key(id), 'worker', 'running', 'fence')
-  leave_running(keys_of_job(id), id)
+  local key, job, queue = job_key(id), placing_of(id)
+  local running = redis.call('HMGET', key, 'ms', 'started')
+  leave_running(queue, id, running[1], running[2])
+  redis.call('HDEL', key, 'worker', 'running', 'fence')
+  redis.call('HSET', key, 'state', 'queued')
   redis.call('DEL', 'arq:in-progress:' .. arq_id(id))
-  enqueue(id, NOW + delay, cjson.encode({ error = failure(code, message) }))
+  enqueue(queue, id, job, NOW + delay, cjson.encode({ error = failure(code, message) }))
 end
 
 -- A claimed job whose attempt brought no result: again, unless it was told to stop, or its time or its attempts are up.
 local function retry_or_end(id, kind, delay, code, message)
   local key, count = job_key(id), note_attempt(id, kind, code, message)
   redis.call('HDEL', key, 'fence')
-  local job = redis.call('HMGET', key, 'stop', 'expires', 'max_' .. kind)
-  local limit = tonumber(job[3])
+  local job = redis.call('HMGET', key, 'stop', 'expires', 'max_' .. kind, 'queue')
+  local limit = tonumber(job[3] or nil)
   if job[1] then
     cancel(id, job[1])
   elseif NOW >= tonumber(job[2]) then
@@ -129,7 +139,7 @@ local function retry_or_end(id, kind, delay, code, message)
     requeue(id, delay, code, message)
   elseif kind == 'crashes' then
     redis.call('HSET', key, 'quarantined', 1)
-    redis.call('ZADD', keys_of_job(id).quarantine, int(NOW), id)
+    redis.call('ZADD', queue_named(job[4]).quarantine, int(NOW), id)
     local why = 'Its worker died ' .. count .. ' times while running it: replay it when the cause is mended'
     finalize(id, 'failed', error_outcome('failed', 'quarantined', why))
   else

@@ -12,10 +12,10 @@ end
 
 local function lost_leases()
   local stall = redis.call('HMGET', OWN.stall, 'last', 'from', 'to')
-  local last, from, to = tonumber(stall[1] or NOW), tonumber(stall[2] or 0), tonumber(stall[3] or 0)
+  local last, from, to = stall[1] or NOW, tonumber(stall[2] or 0), tonumber(stall[3] or 0)
   redis.call('HSET', OWN.stall, 'last', int(NOW))
   if NOW - last > STALL then
-    from, to = last, NOW
+    from, to = tonumber(last), NOW
     redis.call('HSET', OWN.stall, 'from', int(from), 'to', int(to))
   end
   return due(OWN.leases, 20, NOW < to + STALL_GRACE and from or NOW)
@@ -32,7 +32,7 @@ end
 local function forget_worker(worker)
   set_slots(worker, 0)
   redis.call('ZREM', OWN.workers, worker)
-  redis.call('HDEL', OWN.worker_info, worker)
+  redis.call('HDEL', OWN['worker-info'], worker)
 end
 
 local function sweep()
@@ -44,7 +44,7 @@ local function sweep()
   for _, id in ipairs(due(OWN.delayed, 100)) do
     if exists(id) then
       redis.call('ZREM', OWN.delayed, id)
-      make_ready(OWN, id)
+      make_ready(OWN, id, (placing_of(id)))
     end
   end
   for _, id in ipairs(due(OWN.expiry, 50)) do

@@ -3,7 +3,7 @@
 -- Returns per claim: 'ok' | 'lost' | the reason why it should stop
 local worker, ttl, info, slots, pixels, lease = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5]), ARGV[6], ARGV[7]
 redis.call('ZADD', OWN.workers, int(NOW + ttl), worker)
-redis.call('HSET', OWN.worker_info, worker, info)
+redis.call('HSET', OWN['worker-info'], worker, info)
 redis.call('HSET', OWN.totals, 'pixels', pixels)
 set_slots(worker, slots)
 local answers = {}

@@ -4,21 +4,30 @@
 local count = tonumber(ARGV[2])
 local names = { unpack(ARGV, 3, 2 + count) }
 
+local totals_seen, measures_seen = {}, {}
+
+local function totals_and_measures(queue, size)
+  local totals = totals_seen[queue.name] or totals_of(queue)
+  totals_seen[queue.name] = totals
+  local name = queue.name .. ' ' .. size
+  measures_seen[name] = measures_seen[name] or measures_of(queue, totals.engine, size)
+  return totals, measures_seen[name]
+end
+
 local function position_and_eta(id)
-  local job = redis.call('HMGET', job_key(id), 'state', 'account', 'seconds', 'size', 'steps', 'area', 'started', 'since')
+  local job = redis.call('HMGET', job_key(id), 'state', 'account', 'size', 'steps', 'area', 'started', 'queue')
   if job[1] ~= 'queued' and job[1] ~= 'running' then return false, nil end
-  local queue = keys_of_job(id)
-  local seconds, measured = service_seconds(queue, job[4], tonumber(job[5]), tonumber(job[6]))
-  if job[1] == 'running' then
-    return false, measured and completion(queue, 0, seconds), tonumber(job[7])
-  end
-  local rank = redis.call('ZRANK', queue.ready .. job[2], id)
+  local queue = queue_named(job[7])
+  local totals, measures = totals_and_measures(queue, job[3])
+  local seconds, measured = service_seconds(measures, tonumber(job[4]), tonumber(job[5]))
+  local rank = job[1] == 'queued' and redis.call('ZRANK', ready_of(queue, job[2]), id)
   if not rank then
-    return false, measured and completion(queue, 0, seconds), tonumber(redis.call('ZSCORE', queue.delayed, id) or NOW)
+    local start = job[1] == 'running' and job[6] or redis.call('ZSCORE', queue.delayed, id) or NOW
+    return false, measured and completion(measures, 0, seconds), tonumber(start)
   end
-  local work, position = work_before(queue, job[2], rank)
-  local wait = wait_for_slot(queue, work, position)
-  return position, wait and measured and completion(queue, wait, seconds), NOW
+  local work, position = work_before(queue, totals, measures, job[2], rank)
+  local wait = wait_for_slot(queue, totals, work, position)
+  return position, wait and measured and completion(measures, wait, seconds), NOW
 end
 
 local found = {}

@@ -8,10 +8,10 @@
 -- Returns {'created'} | {'joined', id} | {'conflict'} | {'busy'}
 --   | {'full' | 'full_account' | 'late', seconds until it is worth trying again, expected seconds to completion or ''}
 local spec, order = ARGV[2], cjson.decode(ARGV[3])
-local id, key, arq, account = order.id, job_key(order.id), arq_id(order.id), order.account
+local id, key, account = order.id, job_key(order.id), order.account
 local join = order.join ~= cjson.null and order.join or nil
 local waiter = order.waiter ~= cjson.null and order.waiter or nil
-local join_key = join and P .. 'join:' .. QUEUE .. ':' .. join.key
+local join_key = join and P .. 'join:' .. OWN.name .. ':' .. join.key
 
 local function joinable()
   if not join or join.mode == 'first' then return nil end
@@ -39,57 +39,74 @@ local function joined(known)
   return { 'joined', known[1] }
 end
 
-local area = relative_area(OWN, order.pixels)
-local seconds, measured = service_seconds(OWN, order.size, order.steps, area)
-local score, since = NOW - order.boost, math.max(NOW, order.not_before)
+local score, since = int(NOW - order.boost), math.max(NOW, order.not_before)
 -- A job that comes with a deadline of its own must be done by it; any other has its time from when it may start.
 local expires = order.own_deadline and NOW + order.lifetime or since + order.lifetime
+local totals = totals_of(OWN)
+local measures = measures_of(OWN, totals.engine, order.size)
+local area = relative_area(totals, order.pixels)
 
 local function expectation()
-  local ahead = redis.call('ZCOUNT', OWN.ready .. account, '-inf', int(score))
-  local wait = wait_for_slot(OWN, work_before(OWN, account, ahead))
-  return wait and measured and completion(OWN, wait, seconds)
+  local seconds, measured = service_seconds(measures, order.steps, area)
+  if not measured or order.not_before > NOW then return nil end
+  local ahead = totals.units and redis.call('ZCOUNT', ready_of(OWN, account), '-inf', score) or 0
+  local wait = wait_for_slot(OWN, totals, work_before(OWN, totals, measures, account, ahead))
+  return wait and completion(measures, wait, seconds)
 end
 
-local function refusal()
-  local queued = redis.call('ZCARD', OWN.expiry)
+local function refusal(expected)
+  local tenant, queued = tenant_of(OWN, account), redis.call('ZCARD', OWN.expiry)
   -- With nothing queued nobody has anything queued: a count that says otherwise lost track of a vanished record.
-  if queued == 0 then redis.call('DEL', OWN.tenant .. account) end
-  local mine = number_of(OWN.tenant .. account, 'queued')
+  if queued == 0 then redis.call('DEL', tenant) end
+  local mine = order.max_queued_account > 0 and number_of(tenant, 'queued') or 0
   local full = order.max_queued > 0 and queued >= order.max_queued and 'full'
     or order.max_queued_account > 0 and mine >= order.max_queued_account and 'full_account'
-  local expected = order.not_before <= NOW and expectation()
   if full then
     local pause = expected and expected.expected / math.max(full == 'full' and queued or mine, 1) or 1
     return { full, decimal(math.min(math.max(pause, 1), 60)), expected and decimal(expected.p50) or '' }
   elseif order.refuse_late and expected and NOW + 1000 * expected.p50 > expires then
     return { 'late', decimal(math.min(math.max(expected.p50 - order.lifetime / 1000, 1), 600)), decimal(expected.p50) }
   end
-  return nil, expected
 end
 
 local function is_busy()
-  return number_of(OWN.totals, 'slots') - redis.call('ZCARD', OWN.expiry) - redis.call('ZCARD', OWN.leases) <= 0
+  return (totals.slots or 0) - redis.call('ZCARD', OWN.expiry) - redis.call('ZCARD', OWN.leases) <= 0
+end
+
+local function record(expected)
+  local job = { account = account, score = score, units = int(1000 * order.steps * area), expires = int(expires),
+    weight = decimal(order.weight) }
+  local fields = { 'spec', spec, 'account', account, 'queue', OWN.name, 'state', 'queued', 'created', int(NOW),
+    'since', int(since), 'expires', job.expires, 'score', score, 'keep', order.keep, 'attempt', '0',
+    'max_failures', order.max_failures, 'max_crashes', order.max_crashes, 'size', order.size, 'steps', order.steps,
+    'area', decimal(area), 'units', job.units, 'weight', job.weight }
+  local function add(name, value)
+    fields[#fields + 1] = name
+    fields[#fields + 1] = value
+  end
+  if order.inputs ~= cjson.null then add('inputs', order.inputs) end
+  if expected then
+    add('expected', decimal(expected.expected))
+    add('bucket', expected.bucket)
+  end
+  redis.call('HSET', key, unpack(fields))
+  return job
 end
 
 if redis.call('EXISTS', key) == 1 then return { 'created' } end
 local known = joinable()
 if known then return joined(known) end
 if order.reject_if_busy and is_busy() then return { 'busy' } end
-local refused, expected = refusal()
+local expected = expectation()
+local refused = refusal(expected)
 if refused then return refused end
 
-local ttl = int(expires - NOW + order.keep)
-redis.call('HSET', key, 'spec', spec, 'account', account, 'queue', QUEUE, 'created', int(NOW), 'since', int(since),
-  'expires', int(expires), 'score', int(score), 'keep', int(order.keep), 'attempt', 0,
-  'max_failures', order.max_failures, 'max_crashes', order.max_crashes,
-  'size', order.size, 'steps', order.steps, 'area', decimal(area), 'units', decimal(order.steps * area), 'weight', order.weight)
-if order.inputs ~= cjson.null then redis.call('HSET', key, 'inputs', order.inputs) end
-if expected then redis.call('HSET', key, 'expected', decimal(expected.expected), 'bucket', expected.bucket) end
+local ttl, arq = int(expires - NOW + order.keep), arq_id(id)
+local job = record(expected)
 redis.call('PEXPIRE', key, ttl)
 redis.call('SET', 'arq:job:' .. arq, arq_payload(id), 'PX', ttl)
 redis.call('ZADD', OWN.alive, int(NOW), arq)
-enqueue(id, since, '{}')
+enqueue(OWN, id, job, since, '{}')
 redis.call('PEXPIRE', P .. 'events:' .. id, ttl)
 
 local mine = P .. 'account:' .. account

@@ -80,16 +80,9 @@ async def read_snapshot(redis: Any) -> Snapshot:
 
 async def _read_job(redis: Any, job_id: str) -> Stored:
     raw = await redis.hgetall(f"{PREFIX}job:{job_id}")
-    log = await redis.xrange(f"{PREFIX}events:{job_id}")
-    events = [
-        JobEvent(
-            seq=int(entry_id.partition(b"-")[0]),
-            type=entry[b"type"].decode(),
-            at=int(entry[b"at"]),
-            data=msgspec.json.decode(entry[b"data"], type=dict[str, object]),
-        )
-        for entry_id, entry in log
-    ]
+    log = await redis.lrange(f"{PREFIX}events:{job_id}", 0, -1)
+    entries = (msgspec.json.decode(entry) for entry in log)
+    events = [JobEvent(seq=number, **entry) for number, entry in enumerate(entries, 1)]
     arq_result = await redis.get("arq:result:{" + job_id.replace("-", "}-", 1))
     return Stored(job_id, {name.decode(): value.decode() for name, value in raw.items()}, events, arq_result)
 
