@@ -122,7 +122,7 @@ def problem(answer: httpx.Response, status: int, code: str, field: str | None = 
     """The sentence of a native error, after checking its form (RFC 9457)."""
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json"), answer.text
     body = answer.json()
-    assert set(body) - {"field"} == {"type", "title", "status", "detail", "code"}
+    assert set(body) - {"field", "eta_seconds"} == {"type", "title", "status", "detail", "code"}
     assert (body["status"], body["code"], body.get("field")) == (status, code, field), body
     assert answer.headers["img2img-error"] == code
     detail: str = body["detail"]

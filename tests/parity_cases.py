@@ -6,6 +6,7 @@ What a front end cannot even say is listed in ``cannot``, with the reason.
 
 import base64
 import zlib
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ PROTO_NAMES: Final = {"grpc": "protobuf has no unknown fields by name"}
 PROTO_RANGE: Final = {"grpc": "protobuf integers have a range"}
 FORM_TEXT: Final = {"form": "the parts of a form are text"}
 FILES_ARE_BYTES: Final = {"form": "a file has only bytes", "grpc": "a bytes field has only bytes"}
+AN_INSTANT: Final = {"grpc": "a Timestamp is an instant"}
 NO_NAN: Final = dict.fromkeys(("cloudflare", "json", "form"), "JSON has no NaN")
 
 
@@ -91,6 +93,11 @@ def turned() -> bytes:
     return picture(64, 48, "JPEG", exif=exif)
 
 
+def ahead(**time: float) -> str:
+    """A time in the future, as RFC 3339 writes it."""
+    return (datetime.now(UTC) + timedelta(**time)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 PNG: Final = picture()
 INFO: Final = {"format": "PNG", "width": 64, "height": 48, "bytes": len(PNG)}
 TURNED: Final = turned()
@@ -153,6 +160,9 @@ JOBS: Final = (
     option("deadline", deadline_seconds=3600.5),
     option("whole deadline", deadline_seconds=60),
     option("reject if busy", reject_if_busy=True),
+    option("not before a time long past", not_before="2020-01-01T00:00:00.250000Z"),
+    option("not before next week", not_before=ahead(days=7)),
+    option("not before, but by a deadline", not_before=ahead(hours=1), deadline_seconds=7200),
     option("none"),
 )  # fmt: skip
 
@@ -235,6 +245,10 @@ ERRORS: Final = (
     option("deadline now", "invalid_request", "deadline_seconds", deadline_seconds=0),
     option("deadline past", "invalid_request", "deadline_seconds", deadline_seconds=-1),
     option("deadline far", "invalid_request", "deadline_seconds", deadline_seconds=1e9),
+    option("not before a naive time", "invalid_request", "not_before", AN_INSTANT, not_before="2030-01-01T00:00:00"),
+    option("not before a word", "invalid_request", "not_before", AN_INSTANT, not_before="tomorrow"),
+    option("not before 2100", "invalid_request", "not_before", not_before="2100-01-01T00:00:00Z"),
+    option("not before its deadline", "invalid_request", "not_before", not_before=ahead(hours=1), deadline_seconds=60),
     option("unknown sampler", "invalid_request", "sampler", {"grpc": "an enum has no unknown names"}, sampler="magic"),
     option("unknown", "invalid_request", "", PROTO_NAMES, priorty=1),
 )

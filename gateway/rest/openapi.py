@@ -45,6 +45,11 @@ OPTIONS: Final = Schema(
         "output_format": Schema(type=OpenAPIType.STRING, enum=[item.value for item in OutputFormat], default="png"),
         "output_quality": Schema(type=OpenAPIType.INTEGER, minimum=1, maximum=100, default=90),
         "reject_if_busy": Schema(type=OpenAPIType.BOOLEAN, default=False),
+        "not_before": Schema(
+            type=OpenAPIType.STRING,
+            format=OpenAPIFormat.DATE_TIME,
+            description="The job starts no sooner; without a deadline of its own its time counts from then.",
+        ),
     },
 )
 

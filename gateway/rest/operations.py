@@ -52,7 +52,7 @@ async def ready(front: FrontDependency) -> Response[dict[str, str | int]]:
 async def metrics(front: FrontDependency) -> Response[bytes]:
     """OpenMetrics text; queue gauges are read at the moment of the scrape."""
     stats, queue = await front.service.stats(), front.settings.queue
-    for state in ("queued", "delayed", "running"):
+    for state in ("queued", "delayed", "running", "quarantined"):
         QUEUE_JOBS.labels(queue, state).set(getattr(stats, state))
     WORKERS.labels(queue).set(len(stats.workers))
     text: bytes = generate_latest(REGISTRY)  # type: ignore[no-untyped-call]

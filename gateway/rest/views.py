@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from img2img.jobs import Failure, Job, JobEvent, JobState, Result, Stage
+from img2img.jobs import Eta, Failure, Job, JobEvent, JobState, PastAttempt, Result, Stage
 from img2img.requests import JobOptions, Parameters
 
 
@@ -19,15 +19,37 @@ class ResultView(msgspec.Struct, frozen=True):
     expires_at: datetime
 
 
+class EtaView(msgspec.Struct, frozen=True):
+    """When a job will be done, going by measured times: with even chances by ``p50``, with nine in ten by ``p90``."""
+
+    p50: datetime
+    p90: datetime
+
+
+class AttemptView(msgspec.Struct, frozen=True):
+    """An attempt that brought no result."""
+
+    attempt: int
+    worker: str
+    started_at: datetime
+    ended_at: datetime
+    error: Failure
+
+
 class Links(msgspec.Struct, frozen=True, kw_only=True):
     self_: str = msgspec.field(name="self")
     events: str
     image: str
     cancel: str
+    replay: str
 
 
 class JobView(msgspec.Struct, frozen=True, kw_only=True):
-    """A job: what was asked for, how far it is, how it ended. Times are RFC 3339, ``timings`` in seconds."""
+    """A job: what was asked for, how far it is, how it ended. Times are RFC 3339, ``timings`` in seconds.
+
+    ``failures``, ``crashes`` (of its workers) and ``interruptions`` count attempts without a result since the job was
+    submitted or replayed; ``history`` tells of the latest ones. ``eta`` is null where nothing was measured yet.
+    """
 
     id: str
     state: JobState
@@ -42,10 +64,16 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     started_at: datetime | None
     finished_at: datetime | None
     queue_position: int | None
+    eta: EtaView | None
     step: int | None
     steps: int | None
     executed_by: str | None
     timings: dict[Stage, float]
+    failures: int
+    crashes: int
+    interruptions: int
+    replays: int
+    history: tuple[AttemptView, ...]
     warnings: tuple[str, ...]
     error: Failure | None
     result: ResultView | None
@@ -60,7 +88,10 @@ class JobList(msgspec.Struct, frozen=True):
 
 
 class EventView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One entry of the event log, as it is sent in ``data`` of a server-sent event."""
+    """One entry of the event log, as it is sent in ``data`` of a server-sent event.
+
+    A ``queued`` event after a replay has ``replays``: how many there were.
+    """
 
     seq: int
     type: str
@@ -71,13 +102,13 @@ class EventView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     step: int | None = None
     steps: int | None = None
     error: dict[str, object] | None = None
+    replays: int | None = None
 
 
 def job_view(job: Job) -> JobView:
     spec, running, outcome = job.spec, job.running, job.outcome
     result = None if outcome is None else outcome.result
     shown = result or running
-    base = f"/v1/jobs/{job.id}"
     return JobView(
         id=job.id,
         state=job.state,
@@ -92,14 +123,20 @@ def job_view(job: Job) -> JobView:
         started_at=None if job.started_at is None else _time(job.started_at),
         finished_at=None if job.finished_at is None else _time(job.finished_at),
         queue_position=job.queue_position,
+        eta=None if job.eta is None else _eta(job.eta),
         step=running.step if running and job.state == JobState.RUNNING else None,
         steps=running.steps if running and job.state == JobState.RUNNING else None,
         executed_by=job.executed_by,
         timings={} if outcome is None else outcome.timings,
+        failures=job.failures,
+        crashes=job.crashes,
+        interruptions=job.interruptions,
+        replays=job.replays,
+        history=tuple(_attempt(past) for past in job.history),
         warnings=spec.warnings if outcome is None else outcome.warnings,
         error=None if outcome is None else outcome.error,
         result=None if result is None else _result(result),
-        links=Links(self_=base, events=f"{base}/events", image=f"{base}/image", cancel=f"{base}/cancel"),
+        links=_links(f"/v1/jobs/{job.id}"),
     )
 
 
@@ -115,7 +152,26 @@ def event_view(event: JobEvent) -> EventView:
         step=_int(data.get("step")),
         steps=_int(data.get("steps")),
         error=data["error"] if isinstance(data.get("error"), dict) else None,  # type: ignore[arg-type]
+        replays=_int(data.get("replays")),
     )
+
+
+def _links(base: str) -> Links:
+    return Links(
+        self_=base,
+        events=f"{base}/events",
+        image=f"{base}/image",
+        cancel=f"{base}/cancel",
+        replay=f"{base}/replay",
+    )
+
+
+def _eta(eta: Eta) -> EtaView:
+    return EtaView(_time(eta.p50), _time(eta.p90))
+
+
+def _attempt(past: PastAttempt) -> AttemptView:
+    return AttemptView(past.attempt, past.worker, _time(past.started_at), _time(past.ended_at), past.error)
 
 
 def _result(result: Result) -> ResultView:

@@ -1,13 +1,14 @@
 """Protobuf messages to what the service takes, and what it answers to protobuf messages."""
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from img2img.images import PictureInfo
-from img2img.jobs import Job, JobEvent, JobState, Result
+from img2img.jobs import Failure, Job, JobEvent, JobState, PastAttempt, Result
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 from img2img.v1 import img2img_pb2 as pb
 
@@ -27,11 +28,13 @@ def request_fields(message: pb.Img2ImgRequest) -> dict[str, Any]:
 
 
 def option_fields(message: pb.JobOptions) -> dict[str, Any]:
-    """The options that are present, unchecked; an enum's number that we do not know stays in as text."""
+    """The options that are present, unchecked; a number or a time that we do not know stays in as text."""
     fields = _present(message)
     for name, known in _OPTION_NUMBERS.items():
         if name in fields:
             fields[name] = known.get(fields[name], str(fields[name]))
+    if "not_before" in fields:
+        fields["not_before"] = _datetime(fields["not_before"])
     return fields
 
 
@@ -49,6 +52,12 @@ def job_message(job: Job) -> pb.Job:
         start_time=None if job.started_at is None else _time(job.started_at),
         finish_time=None if job.finished_at is None else _time(job.finished_at),
         queue_position=job.queue_position,
+        eta=None if job.eta is None else pb.Eta(p50=_time(job.eta.p50), p90=_time(job.eta.p90)),
+        failures=job.failures,
+        crashes=job.crashes,
+        interruptions=job.interruptions,
+        replays=job.replays,
+        history=map(_past_attempt, job.history),
         warnings=spec.warnings,
     )
     if job.executed_by is not None:
@@ -61,7 +70,7 @@ def job_message(job: Job) -> pb.Job:
         message.timings.update({stage.value: seconds for stage, seconds in outcome.timings.items()})
         message.warnings[:] = outcome.warnings or spec.warnings
         if outcome.error is not None:
-            message.error.CopyFrom(_error(outcome.error.code, outcome.error.message))
+            message.error.CopyFrom(_error(outcome.error))
         if outcome.result is not None:
             message.result.CopyFrom(result_message(outcome.result))
             _set_size(message, outcome.result.width, outcome.result.height)
@@ -92,7 +101,9 @@ def event_message(event: JobEvent, attempt: int) -> pb.WatchJobResponse:
         case {"stage": str(stage), "step": int(step), "steps": int(steps)}:
             message.stage, message.step, message.steps = stage, step, steps
         case {"error": {"code": str(code), "message": str(text)}}:
-            message.error.CopyFrom(_error(code, text))
+            message.error.CopyFrom(_error(Failure(code, text)))
+        case {"replays": int(replays)}:
+            message.replays = replays
     return message
 
 
@@ -128,16 +139,35 @@ def _options(options: JobOptions) -> pb.JobOptions:
         output_format=FORMATS[options.output_format],
         output_quality=options.output_quality,
         reject_if_busy=options.reject_if_busy,
+        not_before=options.not_before,
     )
 
 
-def _error(code: str, text: str) -> pb.JobError:
-    return pb.JobError(code=code, message=text)
+def _past_attempt(past: PastAttempt) -> pb.PastAttempt:
+    return pb.PastAttempt(
+        attempt=past.attempt,
+        worker=past.worker,
+        start_time=_time(past.started_at),
+        end_time=_time(past.ended_at),
+        error=_error(past.error),
+    )
+
+
+def _error(failure: Failure) -> pb.JobError:
+    return pb.JobError(code=failure.code, message=failure.message)
 
 
 def _set_size(message: pb.Job, width: int | None, height: int | None) -> None:
     if width is not None and height is not None:
         message.width, message.height = width, height
+
+
+def _datetime(stamp: Timestamp) -> datetime | str:
+    """The time, or its seconds as text where it lies beyond the calendar."""
+    try:
+        return stamp.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        return str(stamp.seconds)
 
 
 def _time(milliseconds: int) -> Timestamp:

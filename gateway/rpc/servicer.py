@@ -1,8 +1,10 @@
-"""The seven methods of ``Img2ImgService``: each maps its message to a call of the job service."""
+"""The eight methods of ``Img2ImgService``: each maps its message to a call of the job service."""
 
 import asyncio
 import re
+import time
 from contextlib import aclosing
+from datetime import datetime
 from typing import Any, Final
 
 import grpc
@@ -108,6 +110,10 @@ class Img2ImgServicer(Img2ImgServiceServicer):
         job = await self._service.cancel(caller.get(), request.id)
         return pb.CancelJobResponse(job=job_message(job))
 
+    async def ReplayJob(self, request: pb.ReplayJobRequest, context: Context) -> pb.ReplayJobResponse:  # noqa: N802
+        job = await self._service.replay(caller.get(), request.id)
+        return pb.ReplayJobResponse(job=job_message(job))
+
     async def GetResult(self, request: pb.GetResultRequest, context: Context) -> None:  # noqa: N802
         picture = await self._service.result(caller.get(), request.id)
         await context.write(pb.GetResultResponse(result=result_message(picture.result)))
@@ -121,6 +127,7 @@ class Img2ImgServicer(Img2ImgServiceServicer):
         moment later, where leaving would make it ``canceled``.
         """
         timeout = self._settings.max_job_age if order.deadline is None else order.deadline
+        _check_start(order.options, timeout)
         waiting = asyncio.create_task(self._wait(order, timeout + END_MARGIN), name="generate")
         del order
         try:
@@ -151,6 +158,16 @@ def _order(request: pb.CreateJobRequest | pb.GenerateRequest, deadline: float | 
         deadline=deadline,
         idempotency_key=key or None,
     )
+
+
+def _check_start(options: Any, timeout: float) -> None:
+    """Refuse to wait for a job that begins after its caller has gone; ``timeout`` is in seconds."""
+    start = options.get("not_before")
+    if isinstance(start, datetime) and start.timestamp() - time.time() >= timeout:
+        raise InvalidRequest(
+            "options.not_before",
+            "'/options/not_before' must lie before the call's deadline: allow more time, or use CreateJob",
+        )
 
 
 def _state(number: int) -> JobState | None:

@@ -3,12 +3,14 @@
 import asyncio
 import sys
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from img2img.cli.connection import Connection, connection_options, one_line_errors, take_connection
+from img2img.cli.times import clock, likely
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,7 +23,12 @@ SUFFIXES: Final = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpe
 POSITION_SECONDS: Final = 1.0
 WORTH_TELLING: Final = 0.005
 INTERRUPTED: Final = 130  # what a shell reports for a program that Ctrl-C ended
-OPTIONS: Final = {"deadline": "deadline_seconds", "priority": "priority", "sampler": "sampler"}
+OPTIONS: Final = {
+    "deadline": "deadline_seconds",
+    "priority": "priority",
+    "sampler": "sampler",
+    "not_before": "not_before",
+}
 FIELDS: Final = {
     "strength": "strength",
     "steps": "num_steps",
@@ -32,6 +39,19 @@ FIELDS: Final = {
     "width": "width",
     "height": "height",
 }
+
+
+class Time(click.ParamType[datetime]):
+    """A time as ISO 8601 and RFC 3339 write it; one without an offset is this machine's."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        try:
+            return datetime.fromisoformat(value).astimezone()
+        except (ValueError, OverflowError) as exc:
+            self.fail(f"{value!r} is not a time: {exc}; write 2026-12-31T18:00 or 2026-12-31T18:00:00Z", param, ctx)
+
 
 picture_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -64,6 +84,9 @@ picture_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--sampler", type=click.Choice(SAMPLERS), help="Without it the model's own.")
 @click.option("--format", "output_format", type=click.Choice(FORMATS), help="Wins over OUT's suffix.")
 @click.option("--deadline", type=float, metavar="SECONDS", help="Give up when not done by then.")
+@click.option(
+    "--not-before", type=Time(), metavar="TIME", help="Start no sooner, as 2026-12-31T18:00 (here) or …T18:00Z."
+)
 @click.option("--priority", type=int, help="-10 to 10; higher goes first.  [default: 0]")
 @connection_options
 def generate(words: tuple[str, ...], output: str, output_format: str | None, **given: Any) -> None:
@@ -174,10 +197,20 @@ async def _show_position(client: "AsyncClient", job_id: str, bar: "Progress") ->
 
     while True:
         with suppress(ClientError):  # the event stream will tell, if it lasts
-            job = await client.get(job_id)
-            if job.queue_position is not None:
-                bar.update(bar.task_ids[0], description=f"queued, {job.queue_position} ahead")
+            bar.update(bar.task_ids[0], description=waiting_for(await client.get(job_id)))
         await asyncio.sleep(POSITION_SECONDS)
+
+
+def waiting_for(job: "JobInfo") -> str:
+    """Why a queued job does not run yet, and when it will be done."""
+    words = ["queued"]
+    if job.queue_position is not None:
+        words.append(f"{job.queue_position} ahead")
+    elif job.options.not_before is not None:
+        words.append(f"not before {clock(job.options.not_before)}")
+    if job.eta is not None:
+        words.append(f"done {likely(job.eta)}")
+    return ", ".join(words)
 
 
 def progress(event: "Event") -> dict[str, Any]:

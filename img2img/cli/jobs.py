@@ -1,15 +1,15 @@
 """``img2img jobs``: what the service has to do and has done for your account."""
 
 import sys
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from img2img.cli.connection import connection_options, one_line_errors, take_connection
+from img2img.cli.times import clock, likely
 
 if TYPE_CHECKING:
-    from img2img.client import Client, Event, JobInfo
+    from img2img.client import AttemptInfo, Client, Event, Failure, JobInfo
 
 STATES: Final = ("queued", "running", "succeeded", "failed", "canceled", "expired")
 MAX_PAGE: Final = 100
@@ -21,7 +21,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 @click.group(epilog="\b\nExamples:\n  img2img jobs list --state running\n  img2img jobs watch 0-0199…")
 def jobs() -> None:
-    """Look at jobs, and cancel them."""
+    """Look at jobs, cancel them, and run them again."""
 
 
 @jobs.command(
@@ -68,6 +68,33 @@ def cancel(job_id: str, as_json: bool, **given: Any) -> None:
         _print_job(client.cancel(job_id), as_json)
 
 
+@jobs.command(
+    epilog="\b\nExamples:\n"
+    "  img2img jobs replay 0-0199b3c4-…\n"
+    "  img2img jobs list --state failed --json | jq -r .id | xargs img2img jobs replay"
+)
+@click.argument("job_ids", nargs=-1, required=True, metavar="ID…")
+@json_option
+@connection_options
+def replay(job_ids: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Run failed, canceled or expired jobs again, under their own ids.
+
+    A job that waits or runs goes on as it is. Exit code 1 tells that some could not be replayed.
+    """
+    failed = False
+    with take_connection(given).open() as client:
+        for job_id in job_ids:
+            try:
+                with one_line_errors():
+                    job = client.replay(job_id)
+            except click.ClickException as exc:
+                exc.show()
+                failed = True
+            else:
+                click.echo(_json(job) if as_json else f"{job.id} {_state(job)}")
+    sys.exit(failed)
+
+
 @jobs.command(epilog="\b\nExamples:\n  img2img jobs watch 0-0199b3c4-…\n  img2img jobs watch 0-0199b3c4-… --json")
 @click.argument("job_id")
 @click.option("--after", type=click.IntRange(0), default=0, help="Leave out the events up to this number.")
@@ -108,7 +135,7 @@ def _print_table(found: "list[JobInfo]") -> None:
         column.no_wrap = True
     for job in found:
         # Text, because a prompt may hold what rich takes for markup.
-        table.add_row(job.id, _state(job), _clock(job.created_at), _took(job), Text(_prompt(job)))
+        table.add_row(job.id, _state(job), clock(job.created_at), _took(job), Text(_prompt(job)))
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     console.print(table if found else "No jobs.")
 
@@ -123,17 +150,31 @@ def _print_job(job: "JobInfo", as_json: bool) -> None:
         "prompt": job.parameters.prompt,
         "seed": job.seed,
         "size": f"{job.width}x{job.height}" if job.width else "",
-        "created": _clock(job.created_at),
+        "created": clock(job.created_at),
+        "not before": clock(job.options.not_before) if job.options.not_before else "",
+        "done": likely(job.eta) if job.eta else "",
         "took": _took(job),
         "attempt": job.attempt,
+        "replays": job.replays or "",
         "executed by": job.executed_by,
         "timings": ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in job.timings.items()),
         "warnings": "; ".join(job.warnings),
-        "error": f"{job.error.message} [{job.error.code}]" if job.error else "",
+        "error": _failure(job.error) if job.error else "",
     }
     for name, value in rows.items():
         if value != "":
             click.echo(f"{name:<12} {value}")
+    for past in job.history:
+        click.echo(f"{f'attempt {past.attempt}':<12} {_past_attempt(past)}")
+
+
+def _past_attempt(past: "AttemptInfo") -> str:
+    took = (past.ended_at - past.started_at).total_seconds()
+    return f"{clock(past.started_at)}, {took:.1f} s on {past.worker}: {_failure(past.error)}"
+
+
+def _failure(error: "Failure") -> str:
+    return f"{error.message} [{error.code}]"
 
 
 def _state(job: "JobInfo") -> str:
@@ -155,10 +196,6 @@ def _prompt(job: "JobInfo") -> str:
     return text if len(text) <= PROMPT_WIDTH else text[: PROMPT_WIDTH - 1] + "…"
 
 
-def _clock(at: datetime) -> str:
-    return at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
 def _event_line(event: "Event") -> str:
     words = [f"{event.sequence:>4}", event.at.astimezone().strftime("%H:%M:%S.%f")[:-3], event.type]
     if event.stage:
@@ -166,5 +203,7 @@ def _event_line(event: "Event") -> str:
     if event.steps:
         words.append(f"{event.step}/{event.steps}")
     if event.error:
-        words.append(f"{event.error.message} [{event.error.code}]")
+        words.append(_failure(event.error))
+    if event.replays:
+        words.append(f"(replay {event.replays})")
     return " ".join(words)

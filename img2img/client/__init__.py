@@ -11,7 +11,9 @@ from img2img.client.aio import AsyncClient
 from img2img.client.channel import DEFAULT_SERVER
 from img2img.client.sync import Client
 from img2img.client.values import (
+    AttemptInfo,
     ClientError,
+    EtaInfo,
     Event,
     JobInfo,
     JobPage,
@@ -26,8 +28,10 @@ from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 __all__ = [
     "DEFAULT_SERVER",
     "AsyncClient",
+    "AttemptInfo",
     "Client",
     "ClientError",
+    "EtaInfo",
     "Event",
     "Failure",
     "JobInfo",

@@ -79,7 +79,7 @@ class AsyncClient:
         return messages.job_page(await self._call(self._stub.ListJobs, request))
 
     async def watch(self, job_id: str, *, after: int = 0) -> AsyncIterator[Event]:
-        """The job's events after sequence number ``after``, up to its end, across broken connections."""
+        """The job's events after sequence number ``after``, up to its last end, across broken connections."""
         progress = messages.Progress(after)
         while not progress.ended:
             broken = None
@@ -89,13 +89,17 @@ class AsyncClient:
                         yield progress.take(message)
             except ClientError as exc:
                 broken = exc
-            if not progress.ended:
-                await asyncio.sleep(progress.pause(broken))
+            await asyncio.sleep(progress.pause(broken))
 
     async def cancel(self, job_id: str) -> JobInfo:
         """Ask the job to stop; one that has ended stays as it is."""
         request = pb.CancelJobRequest(id=job_id)
         return messages.job_info((await self._call(self._stub.CancelJob, request)).job)
+
+    async def replay(self, job_id: str) -> JobInfo:
+        """Run a failed, canceled or expired job again under its id; one that is queued or runs goes on as it is."""
+        request = pb.ReplayJobRequest(id=job_id)
+        return messages.job_info((await self._call(self._stub.ReplayJob, request)).job)
 
     async def result(
         self,

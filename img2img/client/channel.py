@@ -14,8 +14,9 @@ DEFAULT_SERVER: Final = "127.0.0.1:50051"
 SHORT_TIMEOUT: Final = 30.0
 MAX_MESSAGE: Final = 64 * 1024 * 1024
 SERVICE: Final = "img2img.v1.Img2ImgService"
+ETA_KEY: Final = "eta_seconds"
 STATUS_KEY: Final = "grpc-status-details-bin"
-RETRIED: Final = ("Generate", "CreateJob", "GetJob", "ListJobs", "CancelJob", "GetResult")
+RETRIED: Final = ("Generate", "CreateJob", "GetJob", "ListJobs", "CancelJob", "ReplayJob", "GetResult")
 RETRY_POLICY: Final = {
     "maxAttempts": 5,
     "initialBackoff": "0.2s",
@@ -37,7 +38,8 @@ class RpcStatus(Protocol):
 
 
 def channel_options(server: str) -> list[tuple[str, Any]]:
-    # Repeating a call after a broken connection is safe, because every job request has an idempotency key.
+    # Repeating a call after a broken connection is safe: every job request has an idempotency key, and a job that
+    # was canceled or replayed already stays as it is.
     retries = {"name": [{"service": SERVICE, "method": method} for method in RETRIED]}
     options: list[tuple[str, Any]] = [
         ("grpc.service_config", json.dumps({"methodConfig": [{**retries, "retryPolicy": RETRY_POLICY}]})),
@@ -73,7 +75,7 @@ def client_error(error: RpcStatus, server: str) -> ClientError:
     status = error.code()
     code, message = status.name.lower(), error.details() or status.name
     violations: tuple[Violation, ...] = ()
-    retry_after = None
+    retry_after = eta_seconds = None
     details = _details(error)
     if not details and status is grpc.StatusCode.UNAVAILABLE:
         message = f"No service answers at {server}: {message}"
@@ -81,11 +83,12 @@ def client_error(error: RpcStatus, server: str) -> ClientError:
         match detail:
             case error_details_pb2.ErrorInfo():
                 code = detail.reason
+                eta_seconds = float(detail.metadata[ETA_KEY]) if ETA_KEY in detail.metadata else None
             case error_details_pb2.BadRequest():
                 violations = tuple(Violation(item.field, item.description) for item in detail.field_violations)
             case error_details_pb2.RetryInfo():
                 retry_after = detail.retry_delay.seconds + detail.retry_delay.nanos / 1e9
-    return ClientError(code, message, violations, retry_after)
+    return ClientError(code, message, violations, retry_after, eta_seconds)
 
 
 def _details(error: RpcStatus) -> list[Any]:

@@ -9,7 +9,16 @@ from typing import Any, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from img2img.client.values import ClientError, Event, JobInfo, JobPage, RequestFields, ResultInfo
+from img2img.client.values import (
+    AttemptInfo,
+    ClientError,
+    EtaInfo,
+    Event,
+    JobInfo,
+    JobPage,
+    RequestFields,
+    ResultInfo,
+)
 from img2img.images import PictureInfo
 from img2img.jobs import Failure, JobState, Stage
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
@@ -56,6 +65,7 @@ def _options_message(options: JobOptions | None) -> pb.JobOptions | None:
         output_format=f"OUTPUT_FORMAT_{options.output_format.name}",
         output_quality=options.output_quality,
         reject_if_busy=options.reject_if_busy,
+        not_before=options.not_before,
     )
 
 
@@ -76,9 +86,15 @@ def job_info(job: pb.Job) -> JobInfo:
         started_at=_time(job.start_time) if job.HasField("start_time") else None,
         finished_at=_time(job.finish_time) if job.HasField("finish_time") else None,
         executed_by=job.executed_by,
+        eta=EtaInfo(_time(job.eta.p50), _time(job.eta.p90)) if job.HasField("eta") else None,
         timings=_timings(job.timings),
+        failures=job.failures,
+        crashes=job.crashes,
+        interruptions=job.interruptions,
+        replays=job.replays,
+        history=tuple(_attempt(past) for past in job.history),
         warnings=tuple(job.warnings),
-        error=_failure(job),
+        error=_failure(job.error) if job.HasField("error") else None,
         result=_result(job.result) if job.HasField("result") else None,
         **_present(job, "queue_position", "step", "steps", "width", "height"),
     )
@@ -94,7 +110,8 @@ def event(message: pb.WatchJobResponse) -> Event:
         stage=message.stage,
         step=message.step,
         steps=message.steps,
-        error=_failure(message),
+        error=_failure(message.error) if message.HasField("error") else None,
+        **_present(message, "replays"),
     )
 
 
@@ -122,7 +139,19 @@ def _options(message: pb.JobOptions) -> JobOptions:
     if message.output_format:
         name = pb.OutputFormat.Name(message.output_format).removeprefix("OUTPUT_FORMAT_")
         values["output_format"] = OutputFormat[name]
+    if message.HasField("not_before"):
+        values["not_before"] = _time(message.not_before)
     return JobOptions(**values)
+
+
+def _attempt(message: pb.PastAttempt) -> AttemptInfo:
+    return AttemptInfo(
+        attempt=message.attempt,
+        worker=message.worker,
+        started_at=_time(message.start_time),
+        ended_at=_time(message.end_time),
+        error=_failure(message.error),
+    )
 
 
 def _result(message: pb.JobResult) -> ResultInfo:
@@ -145,8 +174,8 @@ def _state(number: int) -> JobState:
     return JobState[pb.JobState.Name(number).removeprefix("JOB_STATE_")]
 
 
-def _failure(message: pb.Job | pb.WatchJobResponse) -> Failure | None:
-    return Failure(message.error.code, message.error.message) if message.HasField("error") else None
+def _failure(error: pb.JobError) -> Failure:
+    return Failure(error.code, error.message)
 
 
 def _time(stamp: Timestamp) -> datetime:
@@ -158,11 +187,16 @@ def _present(message: Any, *names: str) -> dict[str, Any]:
 
 
 class Progress:
-    """Where a client stands in a job's event log, and whether a broken stream is worth another try."""
+    """Where a client stands in a job's event log, and whether a broken stream is worth another try.
+
+    A log goes on after a terminal event when its job is replayed: only one with which the stream itself ends, and is
+    not broken, is the job's end.
+    """
 
     def __init__(self, after: int) -> None:
         self.after = after
         self.ended = False
+        self._terminal = False
         self._failures = 0
         self._tries = FIRST_TRIES
 
@@ -172,16 +206,19 @@ class Progress:
     def take(self, message: pb.WatchJobResponse) -> Event:
         taken = event(message)
         self.after = taken.sequence
-        self.ended = taken.state.is_terminal
+        self._terminal = taken.state.is_terminal
         self._failures, self._tries = 0, RESUME_TRIES
         return taken
 
     def pause(self, error: ClientError | None) -> float:
-        """Seconds to wait before the next try; ``error`` is why the stream broke, None if it just ended.
+        """Seconds to wait before the next try, 0 when it ``ended``; ``error`` is why the stream broke, if it did.
 
         Raises:
             ClientError: ``error``, when another try would not help, or did not, time after time.
         """
+        self.ended = self._terminal and error is None
+        if self.ended:
+            return 0.0
         error = error or ClientError("unavailable", "The service closed the event stream before the job's end")
         self._failures += 1
         if error.code not in RESUMED or self._failures >= self._tries:

@@ -70,7 +70,7 @@ class Client:
         return messages.job_page(self._call(self._stub.ListJobs, messages.list_request(state, limit, page)))
 
     def watch(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
-        """The job's events after sequence number ``after``, up to its end, across broken connections."""
+        """The job's events after sequence number ``after``, up to its last end, across broken connections."""
         progress = messages.Progress(after)
         while not progress.ended:
             broken = None
@@ -80,12 +80,15 @@ class Client:
                         yield progress.take(message)
             except ClientError as exc:
                 broken = exc
-            if not progress.ended:
-                time.sleep(progress.pause(broken))
+            time.sleep(progress.pause(broken))
 
     def cancel(self, job_id: str) -> JobInfo:
         """Ask the job to stop; one that has ended stays as it is."""
         return messages.job_info(self._call(self._stub.CancelJob, pb.CancelJobRequest(id=job_id)).job)
+
+    def replay(self, job_id: str) -> JobInfo:
+        """Run a failed, canceled or expired job again under its id; one that is queued or runs goes on as it is."""
+        return messages.job_info(self._call(self._stub.ReplayJob, pb.ReplayJobRequest(id=job_id)).job)
 
     def result(self, job_id: str, *, timeout: float = 2 * SHORT_TIMEOUT) -> bytes:
         """The finished picture's file."""

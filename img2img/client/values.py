@@ -21,7 +21,8 @@ class ClientError(Exception):
     """What the service answered, or that it did not; ``code`` is the stable code, see docs/errors.md.
 
     Without an answer of the service's own, ``code`` is gRPC's status in small letters (``unavailable``,
-    ``deadline_exceeded``). ``retry_after`` is the wait in seconds that the service advises.
+    ``deadline_exceeded``). ``retry_after`` is the wait in seconds that the service advises; ``eta_seconds`` comes with
+    a full queue: the time in which a job queued now would be done, where that is known.
     """
 
     def __init__(
@@ -30,12 +31,14 @@ class ClientError(Exception):
         message: str,
         violations: tuple[Violation, ...] = (),
         retry_after: float | None = None,
+        eta_seconds: float | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.violations = violations
         self.retry_after = retry_after
+        self.eta_seconds = eta_seconds
 
 
 class RequestFields(TypedDict, total=False):
@@ -71,8 +74,29 @@ class ResultInfo(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: datetime
 
 
+class EtaInfo(msgspec.Struct, frozen=True):
+    """When a job will be done, going by measured times: with even chances by ``p50``, with nine in ten by ``p90``."""
+
+    p50: datetime
+    p90: datetime
+
+
+class AttemptInfo(msgspec.Struct, frozen=True):
+    """An attempt that brought no result."""
+
+    attempt: int
+    worker: str
+    started_at: datetime
+    ended_at: datetime
+    error: Failure
+
+
 class JobInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A job as the service shows it at one moment. ``timings`` are seconds per stage."""
+    """A job as the service shows it at one moment. ``timings`` are seconds per stage.
+
+    ``failures``, ``crashes`` (of its workers) and ``interruptions`` count attempts without a result since the job was
+    submitted or replayed; ``history`` tells of the latest ones. ``eta`` is None where nothing was measured yet.
+    """
 
     id: str
     state: JobState
@@ -85,12 +109,18 @@ class JobInfo(msgspec.Struct, frozen=True, kw_only=True):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     queue_position: int | None = None
+    eta: EtaInfo | None = None
     step: int | None = None
     steps: int | None = None
     executed_by: str = ""
     width: int | None = None
     height: int | None = None
     timings: dict[str, float] = {}
+    failures: int = 0
+    crashes: int = 0
+    interruptions: int = 0
+    replays: int = 0
+    history: tuple[AttemptInfo, ...] = ()
     warnings: tuple[str, ...] = ()
     error: Failure | None = None
     result: ResultInfo | None = None
@@ -104,7 +134,10 @@ class JobPage(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry of a job's log; ``sequence`` counts from 1, ``step`` and ``steps`` come with progress."""
+    """One entry of a job's log; ``sequence`` counts from 1, ``step`` and ``steps`` come with progress.
+
+    ``replays`` comes with the ``queued`` of a replay: how many there were.
+    """
 
     sequence: int
     type: str
@@ -115,6 +148,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     steps: int = 0
     error: Failure | None = None
+    replays: int | None = None
 
 
 class Picture(msgspec.Struct, frozen=True):

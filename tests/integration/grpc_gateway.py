@@ -64,14 +64,14 @@ async def open_gateway(
     *,
     tenants: Tenants | None = None,
     worker: bool = True,
-    make_service: Callable[[Parts, EventHub], JobService] = JobService,
+    make_service: Callable[[Parts, EventHub, Tenants], JobService] = JobService,
 ) -> AsyncIterator[Gateway]:
     """A gateway, with a worker unless told otherwise; everything is closed in reverse order."""
     async with AsyncExitStack() as stack:
         parts = await stack.enter_async_context(open_parts(settings))
         hub = await stack.enter_async_context(EventHub(parts.queue))
-        service = make_service(parts, hub)
         tenants = tenants or Tenants.open_local()
+        service = make_service(parts, hub, tenants)
         budgets, drain = Budgets(settings.max_body_bytes_in_flight), Drain(parts.queue, settings)
         rpc = await stack.enter_async_context(open_server(service, tenants, settings, budgets, drain))
         rpc.set_serving(True)

@@ -3,11 +3,13 @@
 import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2
 from grpc import StatusCode
 from grpc_gateway import Gateway, Refusal, fresh_settings, open_gateway, refusal_of
@@ -72,6 +74,9 @@ WRONG_REQUESTS = [
     (create({"deadline_seconds": math.nan}, prompt="a dog"), "invalid_request", "options.deadline_seconds"),
     (create({"sampler": 99}, prompt="a dog"), "invalid_request", "options.sampler"),
     (create({"output_quality": 0}, prompt="a dog"), "invalid_request", "options.output_quality"),
+    (create({"not_before": Timestamp(seconds=2**62)}, prompt="a dog"), "invalid_request", "options.not_before"),
+    (create({"not_before": Timestamp(seconds=-(2**62))}, prompt="a dog"), "invalid_request", "options.not_before"),
+    (create({"not_before": Timestamp(nanos=-1)}, prompt="a dog"), "invalid_request", "options.not_before"),
     (create(prompt="a dog", key="k" * 256), "invalid_request", "idempotency_key"),
 ]
 
@@ -109,7 +114,7 @@ async def test_arguments_out_of_range_are_named(gateway: Gateway, method: str, r
 
 
 @pytest.mark.parametrize("job_id", [UNKNOWN_ID, "no id", "", "\n\0{0}*", "ü" * 50_000], ids=lambda value: value[:10])
-@pytest.mark.parametrize("method", ["GetJob", "WatchJob", "CancelJob", "GetResult"])
+@pytest.mark.parametrize("method", ["GetJob", "WatchJob", "CancelJob", "ReplayJob", "GetResult"])
 async def test_a_job_that_does_not_exist(gateway: Gateway, method: str, job_id: str) -> None:
     """NOT_FOUND, whatever the id looks like; a long one is not sent back whole."""
     answer = await refused(gateway, method, getattr(pb, f"{method}Request")(id=job_id))
@@ -132,6 +137,17 @@ async def test_a_picture_past_its_retention(valkey_url: str) -> None:
         assert ended.state == pb.JOB_STATE_SUCCEEDED
         answer = await refused(gateway, "GetResult", pb.GetResultRequest(id=job.id))
         assert (answer.code, answer.reason) == (StatusCode.NOT_FOUND, "result_gone")
+
+
+@pytest.mark.parametrize(("timeout", "days"), [(30, 1), (None, 2)])
+async def test_nobody_waits_for_a_job_that_begins_too_late(gateway: Gateway, timeout: float | None, days: int) -> None:
+    """``Generate`` refuses a job that begins after its caller's deadline, or after a job's longest age."""
+    later = datetime.now(UTC) + timedelta(days=days)
+    request = pb.GenerateRequest(request=pb.Img2ImgRequest(prompt="a dog"), options=pb.JobOptions(not_before=later))
+    answer = await refusal_of(gateway.stub.Generate(request, timeout=timeout))
+    assert (answer.code, answer.reason) == (StatusCode.INVALID_ARGUMENT, "invalid_request")
+    assert answer.fields == ["options.not_before"]
+    assert not (await gateway.stub.ListJobs(pb.ListJobsRequest())).jobs
 
 
 async def test_no_free_worker(gateway: Gateway) -> None:

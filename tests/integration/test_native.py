@@ -229,6 +229,8 @@ def test_cloudflares_option_is_legal(client: httpx.Client, blocker: httpx.Client
         ({"deadline_seconds": 0}, "options.deadline_seconds"),
         ({"deadline_seconds": 1e9}, "options.deadline_seconds"),
         ({"reject_if_busy": 1}, "options.reject_if_busy"),
+        ({"not_before": 1e9}, "options.not_before"),
+        ({"not_before": "9999-12-31T23:59:59-14:00"}, "options.not_before"),
         ([], "options"),
         ("fast", "options"),
     ],

@@ -12,6 +12,7 @@ import redis
 from tests.calls import bearer, blocked, jobs_of, problem, write_tenants
 from tests.stack import Gateway, Stack, eventually, state_of, submit
 
+ROUTES = [("GET", ""), ("GET", "/events"), ("GET", "/image"), ("POST", "/cancel"), ("POST", "/replay")]
 ACCOUNTS = [f"account{number}" for number in range(50)]
 
 
@@ -232,7 +233,7 @@ def test_canceling_twice_is_canceling_once(client: httpx.Client, blocker: httpx.
 # Accounts
 
 
-@pytest.mark.parametrize(("method", "route"), [("GET", ""), ("GET", "/events"), ("GET", "/image"), ("POST", "/cancel")])
+@pytest.mark.parametrize(("method", "route"), ROUTES)
 @pytest.mark.parametrize("job", ["another's", "made up", "nonsense"])
 def test_another_accounts_job_does_not_exist(
     client: httpx.Client, gateway: Gateway, method: str, route: str, job: str
@@ -268,6 +269,7 @@ def test_another_accounts_job_does_not_exist(
         ("GET", "/v1/jobs/x/events"),
         ("GET", "/v1/jobs/x/image"),
         ("POST", "/v1/jobs/x/cancel"),
+        ("POST", "/v1/jobs/x/replay"),
         ("GET", "/v1/queue"),
     ],
 )

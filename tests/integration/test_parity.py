@@ -8,6 +8,7 @@ import grpc
 import httpx
 import msgspec
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -76,6 +77,10 @@ def messages(case: Case) -> pb.CreateJobRequest:
         options["sampler"] = SAMPLERS[Sampler(options["sampler"])]
     if "output_format" in options:
         options["output_format"] = FORMATS[OutputFormat(options["output_format"])]
+    if "not_before" in options:
+        stamp = Timestamp()
+        stamp.FromJsonString(options["not_before"])
+        options["not_before"] = stamp
     return pb.CreateJobRequest(
         request=pb.Img2ImgRequest(**case.fields), options=pb.JobOptions(**options), idempotency_key=case.name
     )

@@ -23,8 +23,10 @@ from grpc_status import rpc_status
 
 from img2img.client import (
     AsyncClient,
+    AttemptInfo,
     Client,
     ClientError,
+    EtaInfo,
     Event,
     Failure,
     JobInfo,
@@ -40,6 +42,7 @@ from img2img.v1 import img2img_pb2_grpc
 
 PICTURE = bytes(range(256)) * 64
 AT = datetime(2026, 1, 2, 3, 4, 5, 250_000, tzinfo=UTC)
+LOST = pb.JobError(code="worker_lost", message="gone")
 STAMP = Timestamp(seconds=int(AT.timestamp()), nanos=250_000_000)
 
 
@@ -75,6 +78,9 @@ class Servicer(img2img_pb2_grpc.Img2ImgServiceServicer):
 
     async def CancelJob(self, request: Any, context: Any) -> Any:  # noqa: N802
         return await self._answer("cancel", request, context)
+
+    async def ReplayJob(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return await self._answer("replay", request, context)
 
     async def GetResult(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         for message in await self._answer("result", request, context):
@@ -167,7 +173,7 @@ async def test_fields_arrive(call: Caller, servicer: Servicer, tmp_path: Path) -
         guidance=None,
         seed=2**64 - 1,
         idempotency_key="mine",
-        options=JobOptions(priority=3, sampler=Sampler.EULER_A, output_format=OutputFormat.WEBP),
+        options=JobOptions(priority=3, sampler=Sampler.EULER_A, output_format=OutputFormat.WEBP, not_before=AT),
     )
     sent = servicer.asked[0]
     assert sent.request == pb.Img2ImgRequest(
@@ -176,6 +182,7 @@ async def test_fields_arrive(call: Caller, servicer: Servicer, tmp_path: Path) -
     assert (sent.idempotency_key, sent.options.priority) == ("mine", 3)
     assert sent.options.sampler == pb.SAMPLER_EULER_A
     assert sent.options.output_format == pb.OUTPUT_FORMAT_WEBP
+    assert sent.options.not_before == STAMP
     assert servicer.metadata["authorization"] == "Bearer secret"
 
 
@@ -192,7 +199,10 @@ async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
         attempt=2,
         seed=9,
         parameters=parameters,
-        options=pb.JobOptions(priority=1, sampler=pb.SAMPLER_DDIM),
+        options=pb.JobOptions(priority=1, sampler=pb.SAMPLER_DDIM, not_before=STAMP),
+        eta=pb.Eta(p50=STAMP, p90=STAMP),
+        crashes=2,
+        history=[pb.PastAttempt(attempt=1, worker="w", start_time=STAMP, end_time=STAMP, error=LOST)],
         timings={"queued": 0.5},
         warnings=["cut"],
         error=pb.JobError(code="engine_failed", message="no luck"),
@@ -208,7 +218,10 @@ async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
     assert found.parameters.prompt == "a lion"
     assert found.parameters.image == PictureInfo("PNG", 4, 5, 6)
     assert found.parameters.negative_prompt is None
-    assert found.options == JobOptions(priority=1, sampler=Sampler.DDIM)
+    assert found.options == JobOptions(priority=1, sampler=Sampler.DDIM, not_before=AT)
+    assert found.eta == EtaInfo(AT, AT)
+    assert (found.failures, found.crashes, found.interruptions, found.replays) == (0, 2, 0, 0)
+    assert found.history == (AttemptInfo(1, "w", AT, AT, Failure("worker_lost", "gone")),)
     assert (found.timings, found.warnings) == ({"queued": 0.5}, ("cut",))
     assert found.error == Failure("engine_failed", "no luck")
     assert found.result is not None
@@ -262,7 +275,7 @@ async def test_errors_carry_the_services_code(call: Caller, servicer: Servicer) 
         status(
             code_pb2.RESOURCE_EXHAUSTED,
             "busy",
-            error_details_pb2.ErrorInfo(reason="no_capacity", domain="img2img"),
+            error_details_pb2.ErrorInfo(reason="queue_full", domain="img2img", metadata={"eta_seconds": "40.5"}),
             error_details_pb2.RetryInfo(retry_delay=Duration(seconds=1, nanos=500_000_000)),
         ),
         status(code_pb2.UNIMPLEMENTED, "what?"),
@@ -273,7 +286,7 @@ async def test_errors_carry_the_services_code(call: Caller, servicer: Servicer) 
     assert caught.value.violations == (Violation("num_steps", "too many"),)
     with pytest.raises(ClientError) as caught:
         await call("create", prompt="x")
-    assert (caught.value.code, caught.value.retry_after) == ("no_capacity", 1.5)
+    assert (caught.value.code, caught.value.retry_after, caught.value.eta_seconds) == ("queue_full", 1.5, 40.5)
     with pytest.raises(ClientError, match=r"what\?") as caught:
         await call("create", prompt="x")
     assert caught.value.code == "unimplemented"
@@ -303,6 +316,23 @@ async def test_watch_goes_on_where_it_broke(call: Caller, servicer: Servicer) ->
     assert [request.after for request in servicer.asked] == [1, 1, 2, 3]
     assert (events[0].stage, events[0].step, events[0].steps, events[0].at) == ("steps", 1, 9, AT)
     assert events[2].error == Failure("engine_failed", "no luck")
+
+
+async def test_a_replayed_jobs_log_goes_on(call: Caller, servicer: Servicer) -> None:
+    """A terminal event ends the watch only as the stream's last one, and only if the stream was not broken there."""
+    gone = status(code_pb2.UNAVAILABLE, "restarting")
+    failed, done = happened(2, pb.JOB_STATE_FAILED), happened(4, pb.JOB_STATE_SUCCEEDED)
+    servicer.answers["watch"] = [[failed, happened(3, pb.JOB_STATE_QUEUED, replays=1)], [done, gone], []]
+    events: list[Event] = await call("watch", "0-1", after=1)
+    assert [(event.sequence, event.replays) for event in events] == [(2, None), (3, 1), (4, None)]
+    assert [request.after for request in servicer.asked] == [1, 3, 4]
+
+
+async def test_replay_answers_with_the_job(call: Caller, servicer: Servicer) -> None:
+    """The id goes out, the job comes back."""
+    servicer.answers["replay"] = [pb.ReplayJobResponse(job=job(replays=3))]
+    assert (await call("replay", "0-1")).replays == 3
+    assert servicer.asked == [pb.ReplayJobRequest(id="0-1")]
 
 
 async def test_watch_does_not_insist(call: Caller, servicer: Servicer) -> None:
