@@ -20,13 +20,15 @@ SLACK: Final = 1.0
 
 
 class Restart(msgspec.Struct, frozen=True):
-    """Seconds from a worker's SIGKILL to its job's next start; infinite when there was none in ``LIMIT``."""
+    """Seconds from a worker's SIGKILL to its job's next start."""
 
     job_id: str
     worker: str
     seconds: float
+    calm: bool
+    """The server was undisturbed all that time."""
     fair: bool
-    """The server was undisturbed and a slot idle for all of that time."""
+    """And a slot was idle from when the job was given back."""
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -57,11 +59,11 @@ class Occupancy:
                 self._hurt.setdefault(fault.target, []).append(Span(fault.started, fault.ended))
 
     def always_idle(self, start: float, end: float) -> bool:
-        """Whether at any moment some healthy worker had a free slot."""
+        """Whether at any moment from ``start`` to before ``end`` some healthy worker had a free slot."""
         moments = {start}
         for spans in (*self._taken.values(), *self._hurt.values(), self._lives.values()):
-            moments |= {edge for span in spans for edge in (span.start, span.end) if start <= edge <= end}
-        return all(self._idle(moment) for moment in moments)
+            moments |= {edge for span in spans for edge in (span.start, span.end)}
+        return all(self._idle(moment) for moment in moments if start <= moment < end)
 
     def _idle(self, moment: float) -> bool:
         return any(
@@ -100,8 +102,8 @@ def measure_restarts(fleet: Fleet, faults: Sequence[Done], jobs: Sequence[Stored
                 continue  # canceled or expired while it waited
             end = min(again.at / 1000, killed + LIMIT)
             calm = not any(span.meets(killed - SLACK, end) for span in server)
-            fair = calm and occupancy.always_idle(killed, end)
-            found.append(Restart(stored.id, str(event.data["worker"]), again.at / 1000 - killed, fair))
+            fair = calm and occupancy.always_idle(lost.at / 1000, end)
+            found.append(Restart(stored.id, str(event.data["worker"]), again.at / 1000 - killed, calm, fair))
     return found
 
 

@@ -125,10 +125,13 @@ def _count_jobs(load: Load, snapshot: Snapshot) -> dict[str, Any]:
 
 def _restart_figures(restarts: Sequence[Restart]) -> dict[str, Any]:
     """Seconds from a worker's SIGKILL to its job's next start."""
+    calm = [restart.seconds for restart in restarts if restart.calm]
     fair = [restart.seconds for restart in restarts if restart.fair]
     return {
         "restarts": len(restarts),
-        "restarts_undisturbed": len(fair),
+        "restarts_server_up": len(calm),
+        "restart_server_up_max_s": round(max(calm), 2) if calm else None,
+        "restarts_idle_slot": len(fair),
         "restart_max_s": round(max(fair), 2) if fair else None,
         "restart_p50_s": round(statistics.median(fair), 2) if fair else None,
     }
