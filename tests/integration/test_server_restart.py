@@ -58,6 +58,24 @@ def test_a_silent_network_is_survived(server: ValkeyServer, tmp_path: Path) -> N
     assert ends(workers).count(job_id) == 1
 
 
+def test_a_full_server_takes_no_job_but_gets_its_results_later(server: ValkeyServer, tmp_path: Path) -> None:
+    """Out of memory: calls that need some are 503, the others answered; a finished picture waits for its place."""
+    with Stack(server.url, tmp_path) as stack, server.client() as admin:
+        workers = [stack.worker()]
+        with stack.gateway().client() as client:
+            job_id, queued = (submit(client, prompt="a dog fake:step=0.1")["id"] for _ in range(2))
+            eventually(lambda: state_of(client, job_id) == "running", "running")
+            admin.config_set("maxmemory", 1)
+            problem(client.post("/v1/jobs", json={"prompt": "a dog"}), 503, "unavailable")
+            eventually(lambda: any(entry["event"] == "blob_retried" for entry in workers[0].entries()), "it is done")
+            assert state_of(client, job_id) == "running"
+            admin.config_set("maxmemory", 0)
+            for job in (end_of(client, job_id), end_of(client, queued)):
+                assert (job["state"], job["attempt"]) == ("succeeded", 1)
+                assert client.get(job["links"]["image"]).status_code == 200
+    assert ends(workers) == [job_id, queued]
+
+
 def end_of(client: httpx.Client, job_id: str) -> dict[str, Any]:
     """The job once it has ended."""
 
