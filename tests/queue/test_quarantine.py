@@ -129,7 +129,7 @@ async def test_only_the_culprit_is_found_guilty(queue: JobQueue) -> None:
 
 
 async def test_a_suspect_waits_for_an_idle_worker(queue: JobQueue) -> None:
-    """A worker that holds jobs takes others meanwhile; one that holds none takes the suspect first, and nothing else."""
+    """A worker that holds jobs takes others meanwhile; an idle one takes the suspect first, and nothing beside it."""
     suspect = await submit(queue)
     await lose(queue)
     other = await submit(queue)

@@ -119,4 +119,3 @@ async def test_sums_return_to_nothing(queue: JobQueue, redis: ArqRedis) -> None:
     assert set(totals) <= {b"clock", b"engine"}
     for index in ("tenants", "ready", "tenant"):
         assert await redis.keys(f"{queue.prefix}{index}:*") == []
-
