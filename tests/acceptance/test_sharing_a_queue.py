@@ -7,8 +7,7 @@ import httpx
 import pytest
 from arq.connections import ArqRedis
 
-from img2img.client import AsyncClient
-from img2img.errors import Img2ImgError
+from img2img.client import AsyncClient, ClientError
 from img2img.jobs import JobState
 from img2img.queue import JobQueue
 from img2img.server import open_redis
@@ -95,7 +94,7 @@ async def test_exactly_as_many_as_there_is_room_for(stack: Stack, valkey_url: st
         async def by_grpc() -> str:
             try:
                 await grpc.create(prompt="a dog", num_steps=1)
-            except Img2ImgError as exc:
+            except ClientError as exc:
                 return f"429 {exc.code}"
             return "accepted"
 
