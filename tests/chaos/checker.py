@@ -53,8 +53,24 @@ def check_records(records: list[Record], snapshot: Snapshot) -> Iterator[Violati
             if job_id in owners:
                 yield Violation(f"{record.order.key}: shares its job with {owners[job_id].order.key}", job_id)
             owners[job_id] = record
-    for job_id in snapshot.jobs.keys() - owners.keys():
-        yield Violation("made for nobody: no client was ever told of this job", job_id)
+    waiting = {record.order.prompt: record for record in records if record.order.errand is Errand.WAITS}
+    for job_id, stored in snapshot.jobs.items():
+        if stored.prompt in waiting:
+            yield from _check_waiting(waiting[stored.prompt], stored)
+        elif job_id not in owners:
+            yield Violation("made for nobody: no client was ever told of this job", job_id)
+
+
+def _check_waiting(record: Record, stored: Stored) -> Iterator[Violation]:
+    """A synchronous call's picture is its job's; with a key, what other jobs it had ended because nobody waited."""
+    result = None if stored.outcome is None else stored.outcome.result
+    if stored.id in record.job_ids:
+        if result is None or result.sha256 != record.picture:
+            yield Violation("its caller was given another picture", stored.id)
+    elif result is not None and record.order.over_grpc:
+        yield Violation("a second picture for one key", stored.id)
+    if stored.state is JobState.CANCELED and stored.fields.get("stop") != "disconnect":
+        yield Violation(f"canceled for {stored.fields.get('stop')} though its caller went away", stored.id)
 
 
 def check_watched(record: Record, stored: Stored) -> Iterator[Violation]:
@@ -157,6 +173,8 @@ def _errand_breaks(stored: Stored, record: Record) -> Iterator[str]:
             allowed.add("engine_failed")
         case Errand.DEADLINE:
             allowed.add("expired")
+        case Errand.WAITS:
+            allowed.add("canceled")
         case _ if errand in CANCELED and cancel is not None:
             allowed.add("canceled")
     if code not in allowed:

@@ -1,5 +1,6 @@
 """How clients talk to one gateway, over REST and gRPC alike; what may be tried again is one error of its own."""
 
+import hashlib
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from typing import Any, Final, Protocol
@@ -7,14 +8,18 @@ from typing import Any, Final, Protocol
 import httpx
 
 from img2img.client import AsyncClient, ClientError
-from tests.calls import bearer, key_of
+from tests.calls import bearer, key_of, run_path
 from tests.chaos.orders import Order
 
 TRY_AGAIN_STATUS: Final = (429, 503)
-TRY_AGAIN_CODES: Final = ("unavailable", "cancelled", "deadline_exceeded", "too_many_bytes_in_flight")
+TRY_AGAIN_CODES: Final = ("unavailable", "cancelled", "deadline_exceeded", "too_many_bytes_in_flight", "wait_timeout")
+JOB_ENDS: Final = ("canceled", "quarantined")
+"""How the job of a synchronous call may end without a picture: nobody waited for a while, or it met two deaths."""
 TIMEOUT: Final = httpx.Timeout(15, connect=3)
 WATCH_TIMEOUT: Final = httpx.Timeout(40, connect=3)
 """A stream says something every fifteen seconds."""
+CALL_TIMEOUT: Final = httpx.Timeout(70, connect=3)
+"""A synchronous call is answered within a minute."""
 
 
 class TryAgain(Exception):
@@ -25,8 +30,19 @@ class Refusal(Exception):
     """An answer that the service must not give."""
 
 
+class Ended(Exception):
+    """The job of a synchronous call ended without a picture; the text is its error's code."""
+
+
 class Caller(Protocol):
     """One account's way to one gateway. Every method raises ``TryAgain`` or ``Refusal``."""
+
+    async def generate(self, order: Order, tries: int) -> tuple[str, str]:
+        """Wait for the picture after ``tries`` tries that failed: the job's id, and the SHA-256 of the file.
+
+        Raises:
+            Ended: there is none.
+        """
 
     async def create(self, order: Order) -> str:
         """The job's id."""
@@ -43,6 +59,21 @@ class Caller(Protocol):
 class RestCaller:
     def __init__(self, url: str, account: str) -> None:
         self._http = httpx.AsyncClient(base_url=url, timeout=TIMEOUT, trust_env=False, headers=bearer(account))
+
+    async def generate(self, order: Order, tries: int) -> tuple[str, str]:
+        body = {"prompt": order.prompt, "num_steps": order.steps, "seed": order.number}
+        headers = {"x-stainless-retry-count": str(tries)}
+        try:
+            answer = await self._http.post(run_path(order.account), json=body, headers=headers, timeout=CALL_TIMEOUT)
+        except httpx.TransportError as exc:
+            raise TryAgain(repr(exc)) from exc
+        code = answer.headers.get("img2img-error")
+        if code in JOB_ENDS:
+            raise Ended(code)
+        if code in TRY_AGAIN_CODES:
+            raise TryAgain(answer.text)
+        _check(answer)
+        return answer.headers["img2img-job-id"], hashlib.sha256(answer.content).hexdigest()
 
     async def create(self, order: Order) -> str:
         fields: dict[str, Any] = {**order.fields()}
@@ -92,6 +123,13 @@ class RestCaller:
 class GrpcCaller:
     def __init__(self, address: str, account: str) -> None:
         self._client = AsyncClient(address, key=key_of(account))
+
+    async def generate(self, order: Order, tries: int) -> tuple[str, str]:
+        try:
+            picture = await self._client.generate(**order.fields())
+        except ClientError as exc:
+            raise Ended(exc.code) if exc.code in JOB_ENDS else _translated(exc) from exc
+        return picture.job.id, hashlib.sha256(picture.data).hexdigest()
 
     async def create(self, order: Order) -> str:
         try:

@@ -10,9 +10,9 @@ from typing import Final, Self, TypeVar
 
 import msgspec
 
-from tests.chaos.clients import Caller, GrpcCaller, RestCaller, TryAgain
+from tests.chaos.clients import Caller, Ended, GrpcCaller, RestCaller, TryAgain
 from tests.chaos.fleet import ACCOUNTS, Fleet
-from tests.chaos.orders import Order, draw
+from tests.chaos.orders import Errand, Order, draw
 
 PAUSE: Final = (0.1, 0.5)
 TERMINAL: Final = frozenset({"succeeded", "failed", "canceled", "expired"})
@@ -37,6 +37,10 @@ class Record(msgspec.Struct):
     seen: list[tuple[int, str]] = []
     watched: bool = False
     """A watcher saw the terminal event."""
+    picture: str | None = None
+    """SHA-256 of what a synchronous call was answered with."""
+    abandoned: int = 0
+    """Tries of a synchronous call that found its job canceled, because nobody had waited for it."""
     problems: list[str] = []
 
 
@@ -90,19 +94,41 @@ class Load:
         return [record for record in self.records if record.order.key in waiting]
 
     async def _serve(self, record: Record) -> None:
-        order = record.order
         try:
-            await self._submit(record, order.over_grpc)
-            async with asyncio.TaskGroup() as group:
-                if order.watch_over_grpc is not None:
-                    group.create_task(self._watch(record, order.watch_over_grpc))
-                if order.cancel_after is not None:
-                    group.create_task(self._cancel(record, order.cancel_after))
-                if order.resubmit_after is not None:
-                    await asyncio.sleep(order.resubmit_after)
-                    await self._submit(record, order.resubmit_over_grpc)
+            if record.order.errand is Errand.WAITS:
+                await self._wait(record)
+            else:
+                await self._submit(record, record.order.over_grpc)
+                await self._attend(record)
         except* Exception as errors:
             record.problems += [f"its client got {error!r}" for error in errors.exceptions]
+
+    async def _attend(self, record: Record) -> None:
+        order = record.order
+        async with asyncio.TaskGroup() as group:
+            if order.watch_over_grpc is not None:
+                group.create_task(self._watch(record, order.watch_over_grpc))
+            if order.cancel_after is not None:
+                group.create_task(self._cancel(record, order.cancel_after))
+            if order.resubmit_after is not None:
+                await asyncio.sleep(order.resubmit_after)
+                await self._submit(record, order.resubmit_over_grpc)
+
+    async def _wait(self, record: Record) -> None:
+        tries = 0
+        while record.picture is None:
+            try:
+                caller = self._caller(record.order, record.order.over_grpc)
+                job_id, record.picture = await caller.generate(record.order, tries)
+                record.job_ids.append(job_id)
+            except TryAgain:
+                self.retries += 1
+            except Ended as exc:
+                if str(exc) != "canceled":
+                    return
+                record.abandoned += 1
+            tries += 1
+            await self._pause()
 
     async def _submit(self, record: Record, over_grpc: bool) -> None:
         order = record.order

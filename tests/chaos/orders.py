@@ -24,6 +24,8 @@ class Errand(StrEnum):
     """Canceled at some moment; may be done before."""
     CANCEL_ENDLESS = "cancel_endless"
     """Canceled at some moment; cannot be done before."""
+    WAITS = "waits"
+    """A synchronous call: the job is its caller's alone, and ends when nobody waits for it."""
 
 
 WEIGHTS: Final = {
@@ -35,6 +37,7 @@ WEIGHTS: Final = {
     Errand.DEADLINE: 1,
     Errand.CANCEL: 2,
     Errand.CANCEL_ENDLESS: 2,
+    Errand.WAITS: 4,
 }
 CANCELED: Final = frozenset({Errand.CANCEL, Errand.CANCEL_ENDLESS})
 NEVER_SUCCEEDS: Final = frozenset({Errand.REFUSED, Errand.DEADLINE, Errand.CANCEL_ENDLESS})

@@ -56,4 +56,4 @@ def _job_lines(job_id: str, stored: Stored | None, done: Sequence[Done]) -> Iter
         yield f"  {datetime.fromtimestamp(at, UTC):%H:%M:%S.%f} {words}"
     shown = ("spec", "outcome")
     yield f"  record: { {name: value for name, value in stored.fields.items() if name not in shown} }"
-    yield f"  prompt: {msgspec.json.decode(stored.fields['spec'])['parameters']['prompt']}"
+    yield f"  prompt: {stored.prompt}"

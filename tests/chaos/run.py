@@ -117,6 +117,8 @@ def _count_jobs(load: Load, snapshot: Snapshot) -> dict[str, Any]:
         "errors": codes,
         "lost": len(accepted - snapshot.jobs.keys()) + sum(not stored.state.is_terminal for stored in jobs),
         "duplicate_starts": sum(max(0, len(stored.starts) - 1) for stored in jobs),
+        "answered_calls": sum(record.picture is not None for record in load.records),
+        "abandoned_calls": sum(record.abandoned for record in load.records),
         "watched": sum(record.watched for record in load.records),
         "stale_pictures": sum(blob.startswith("result:") and blob not in kept for blob in snapshot.blobs),
         "inputs_left": sum(blob.startswith("input:") for blob in snapshot.blobs),

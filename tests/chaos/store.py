@@ -35,6 +35,10 @@ class Stored(msgspec.Struct):
         return None if raw is None else msgspec.json.decode(raw, type=Outcome)
 
     @property
+    def prompt(self) -> str:
+        return str(msgspec.json.decode(self.fields["spec"])["parameters"]["prompt"])
+
+    @property
     def starts(self) -> list[JobEvent]:
         return [event for event in self.events if event.type == "running"]
 

@@ -37,7 +37,16 @@ def stored(end: Outcome | None = None, **fields: str) -> Stored:
     ]
     events = [JobEvent(seq=seq, type=kind, at=seq * 1000, data=entry) for seq, (kind, entry) in enumerate(data, 1)]
     raw = msgspec.json.encode(end).decode()
-    record = {"state": end.state.value, "attempt": "2", "fence": "2", "crashes": "1", "history": "[{}]", "outcome": raw}
+    spec = msgspec.json.encode({"parameters": {"prompt": draw(1, 1).prompt}}).decode()
+    record = {
+        "spec": spec,
+        "state": end.state.value,
+        "attempt": "2",
+        "fence": "2",
+        "crashes": "1",
+        "history": "[{}]",
+        "outcome": raw,
+    }
     arq = msgspec.json.encode({"s": end.state == JobState.SUCCEEDED, "r": raw})
     return Stored(JOB, record | fields, events, arq)
 
