@@ -86,7 +86,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 FULL: Final = Plan(rounds=3, jobs=3000, latencies=200, slow_jobs=2000, slow_latencies=200, idle_seconds=10.0)
-QUICK: Final = Plan(rounds=1, jobs=1000, latencies=100, slow_jobs=300, slow_latencies=12, idle_seconds=5.0)
+QUICK: Final = Plan(rounds=1, jobs=1000, latencies=100, slow_jobs=300, slow_latencies=8, idle_seconds=5.0)
 
 
 def install(peer: Peer) -> str:
@@ -166,7 +166,8 @@ async def measure(peer: Peer, durability: str, plan: Plan, first: bool) -> dict[
         async with fresh_server(durability) as url, Run(peer, url, Path(folder)) as run:
             if first or not peer.slow:
                 for name, values in (await run.produce("latency", latencies)).items():
-                    figures |= percentiles(name, values)
+                    if name != "result" or peer.stores:
+                        figures |= percentiles(name, values)
             burst = await run.produce("burst", jobs)
             figures["jobs_per_s"] = jobs / burst["seconds"]
             figures["submits_per_s"] = jobs / burst["submit_seconds"]
@@ -207,29 +208,28 @@ async def measure_all(peers: list[Peer], durability: str, plan: Plan) -> dict[st
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    return {
-        name: round(statistics.median(figures[name] for figures in rounds if name in figures), decimals)
-        for name, decimals in DECIMALS.items()
-    }
+    found = {name: [figures[name] for figures in rounds if name in figures] for name in DECIMALS}
+    return {name: round(statistics.median(values), DECIMALS[name]) for name, values in found.items() if values}
 
 
 def table(peers: list[Peer], figures: dict[str, dict[str, float]]) -> None:
     """One line a peer; the ratios are ours over the peer's jobs/s, and the peer's pick-up and result over ours."""
     print(
-        f"{'':30}{'jobs/s':>8}{'pick-up p50/p99':>19}{'result p50/p99 ms':>19}{'idle/s':>9}"
-        f"  {'ours: jobs/s, pick-up, result'}"
+        f"{'':30}{'jobs/s':>8}{'pick-up p50/p99 ms':>20}{'result p50/p99 ms':>20}{'idle/s':>8}"
+        "   ours is better by: jobs/s, pick-up, result"
     )
     ours = figures.get("ours")
     for peer in peers:
         one = figures[peer.name]
         line = f"{peer.label:30}{one['jobs_per_s']:8.0f}"
-        for kind in ("pickup", "result"):
-            line += f"{one[f'{kind}_p50_ms']:11.2f}{one[f'{kind}_p99_ms']:8.2f}"
-        line += f"{one['idle_commands_per_s']:9.2f}"
+        for name in ("pickup_p50_ms", "pickup_p99_ms", "result_p50_ms", "result_p99_ms"):
+            line += f"{one[name]:10.2f}" if name in one else f"{'-':>10}"
+        line += f"{one['idle_commands_per_s']:8.1f}"
         if ours is not None and peer.name != "ours":
-            line += f"  {ours['jobs_per_s'] / one['jobs_per_s']:.2f}x"
-            for kind in ("pickup_p50_ms", "result_p50_ms"):
-                line += f"  {one[kind] / ours[kind]:.1f}x"
+            line += f"{ours['jobs_per_s'] / one['jobs_per_s']:8.2f}x"
+            line += "".join(
+                f"{one[name] / ours[name]:8.1f}x" for name in ("pickup_p50_ms", "result_p50_ms") if name in one
+            )
         print(line)
 
 
@@ -251,11 +251,23 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def run_all(peers: list[Peer], durabilities: tuple[str, ...], plan: Plan) -> dict[str, object]:
+    """Measure, print the tables, and return the figures. Those of ours with no suffix are synced always."""
+    summaries: dict[str, float] = {}
+    found: dict[str, object] = {}
+    for durability in durabilities:
+        figures = asyncio.run(measure_all(peers, durability, plan))
+        print(f"\nappendfsync {durability}")
+        table(peers, figures)
+        summaries |= summary(peers, durability, figures)
+        found[durability] = figures
+    plain = {name.removesuffix("_always"): value for name, value in summaries.items() if name.endswith("_always")}
+    return {**plain, **summaries, "peers": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="ours, arq and SAQ only, fewer jobs, one round, synced always"
-    )
+    parser.add_argument("--quick", action="store_true", help="ours, arq and SAQ, one short round, synced always")
     parser.add_argument("--only", help=f"names with commas between: {', '.join(peer.name for peer in PEERS)}")
     parser.add_argument("--jobs", type=int, help="jobs in a burst")
     options = parser.parse_args()
@@ -268,14 +280,5 @@ def main() -> None:
     peers = [peer for peer in PEERS if peer.name in names]
     for peer in peers:
         install(peer)
-    summaries: dict[str, float] = {}
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for durability in ("always",) if options.quick else DURABILITIES:
-        figures = asyncio.run(measure_all(peers, durability, plan))
-        print(f"\nappendfsync {durability}")
-        table(peers, figures)
-        summaries |= summary(peers, durability, figures)
-        found[durability] = figures
-    # Without a suffix: as `img2img up` runs, synced always.
-    plain = {name.removesuffix("_always"): value for name, value in summaries.items() if name.endswith("_always")}
-    print(json.dumps({"bench": "queue", **plain, **summaries, "peers": found}))
+    figures = run_all(peers, ("always",) if options.quick else DURABILITIES, plan)
+    print(json.dumps({"bench": "queue", **figures}))
