@@ -11,7 +11,7 @@ import structlog
 from arq.connections import ArqRedis
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.client import Pipeline
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import AbstractConnection, Connection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
@@ -51,12 +51,31 @@ def translated() -> Iterator[None]:
         raise Unavailable(f"The queue server does not answer as it should ({type(exc).__name__}): try again") from exc
 
 
+class Pool(BlockingConnectionPool):
+    """redis-py repeats commands, and connecting, but not what it says first on a new connection; this does, too."""
+
+    async def ensure_connection(self, connection: AbstractConnection) -> None:
+        ensure = super().ensure_connection
+        await connection.retry.call_with_retry(lambda: ensure(connection), lambda _: connection.disconnect())
+
+    async def leave_replica(self, error: Exception) -> None:
+        """After the error of a master that is none any more: also close what idles there and would read old data."""
+        if isinstance(error, ReadOnlyError):
+            await self.disconnect(inuse_connections=False)
+
+
 class TimedPipeline(Pipeline):
     """A pipeline whose execution ends within ``CALL_SECONDS``."""
+
+    connection_pool: Pool
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
         async with asyncio.timeout(CALL_SECONDS):
             return await super().execute(raise_on_error)
+
+    async def _disconnect_raise_reset(self, conn: Connection, error: Exception) -> None:
+        await self.connection_pool.leave_replica(error)
+        await super()._disconnect_raise_reset(conn, error)
 
 
 class TimedRedis(ArqRedis):
@@ -64,6 +83,8 @@ class TimedRedis(ArqRedis):
 
     redis-py's own limits are for one read or write each, and multiply with its retries.
     """
+
+    connection_pool: Pool
 
     async def execute_command(self, *args: Any, seconds: float = CALL_SECONDS, **options: Any) -> Any:
         """Run one command within ``seconds``; a blocking pop has its own timeout on top."""
@@ -75,13 +96,9 @@ class TimedRedis(ArqRedis):
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
         return TimedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
 
-
-class Pool(BlockingConnectionPool):
-    """redis-py repeats commands, and connecting, but not what it says first on a new connection; this does, too."""
-
-    async def ensure_connection(self, connection: AbstractConnection) -> None:
-        ensure = super().ensure_connection
-        await connection.retry.call_with_retry(lambda: ensure(connection), lambda _: connection.disconnect())
+    async def _disconnect_raise(self, conn: Connection, error: Exception) -> None:
+        await self.connection_pool.leave_replica(error)
+        await super()._disconnect_raise(conn, error)
 
 
 @asynccontextmanager

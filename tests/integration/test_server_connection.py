@@ -227,14 +227,24 @@ async def test_an_exhausted_pool_is_unavailable(queue: JobQueue, redis: TimedRed
     assert await submit(queue) == await run_one(queue)
 
 
-async def test_a_demoted_server_is_left(queue: JobQueue, admin: TimedRedis, proxy: Proxy, tmp_path: Path) -> None:
-    """READONLY: the address leads to another server by now, so the connection is made anew and the call succeeds."""
-    await submit(queue)
+@pytest.mark.parametrize("in_pipeline", [False, True])
+async def test_a_demoted_server_is_left(
+    queue: JobQueue, redis: TimedRedis, admin: TimedRedis, proxy: Proxy, tmp_path: Path, in_pipeline: bool
+) -> None:
+    """READONLY: the address leads to another server by now, so the call succeeds there, and no connection stays."""
+    await asyncio.gather(submit(queue), submit(queue), submit(queue))
     await admin.replicaof("127.0.0.1", 1)
     try:
         with ValkeyServer(tmp_path) as promoted:
             proxy.target = promoted.port
-            assert await submit(queue) == await run_one(queue)
+            if in_pipeline:
+                async with redis.pipeline(transaction=False) as pipe:
+                    pipe.rpush(queue.wake_key, "1")
+                    await pipe.execute()
+            else:
+                await submit(queue)
+            assert len(await admin.client_list(_type="normal")) == 1
+            assert await redis.exists(queue.wake_key)
     finally:
         await admin.replicaof("NO", "ONE")
 
