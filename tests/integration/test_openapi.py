@@ -180,7 +180,8 @@ def test_answers_are_what_the_document_says(client: httpx.Client, document: dict
     done = client.post("/v1/jobs", json=body, headers={"prefer": "wait=60"})
     failed = client.post("/v1/jobs", json={"prompt": "fake:refuse"}, headers={"prefer": "wait=60"})
     assert (queued.status_code, done.json()["state"], failed.json()["state"]) == (202, "succeeded", "failed")
-    for answer in (queued, done, failed, client.get(f"/v1/jobs/{done.json()['id']}")):
+    replayed = client.post(failed.json()["links"]["replay"])
+    for answer in (queued, done, failed, client.get(f"/v1/jobs/{done.json()['id']}"), replayed):
         fits(answer, "JobView")
     fits(client.get("/v1/jobs"), "JobList")
     fits(client.get("/v1/queue"), "QueueStats")

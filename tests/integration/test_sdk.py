@@ -16,11 +16,11 @@ import httpx
 import pytest
 
 from tests.calls import MODEL, PNG_MAGIC, bearer, blocked, jobs_of, key_of, opened, write_tenants
-from tests.stack import DOG, Gateway, Stack
+from tests.stack import DOG, Gateway, Stack, submit
 
 SDKS = Path(sys.prefix) / "sdk"
 VERSIONS = ("5.9.0", "4.3.1")
-CASES = ("plain", "picture", "errors", "busy", "timeout", "answered408", "keymode")
+CASES = ("plain", "picture", "errors", "busy", "full", "timeout", "answered408", "keymode")
 
 # Reads calls as JSON, makes them with the SDK, and writes what came of each.
 DRIVER = """
@@ -176,6 +176,18 @@ def test_a_busy_service_is_a_rate_limit(gateway: Gateway, client: httpx.Client, 
         (answer,) = run_all(gateway, version, account, {"client": {"max_retries": 0}, "fields": fields})
     assert (answer["error"], answer["status"], answer["codes"]) == ("RateLimitError", 429, [3040])
     assert jobs_of(client, account) == []
+
+
+def test_a_full_queue_is_a_rate_limit(stack: Stack, version: str) -> None:
+    """The SDK's own retries wait for as long as they are told; the last answer is RateLimitError."""
+    account = account_for("full", version)
+    gateway = stack.gateway(queue=f"full-{version}", max_queued="1")
+    with gateway.client(headers=bearer("blocker")) as client:
+        job = submit(client, prompt="x")
+        (answer,) = run_all(gateway, version, account, {"client": {"max_retries": 1}})
+        assert (answer["error"], answer["status"], answer["codes"]) == ("RateLimitError", 429, [3040])
+        client.post(job["links"]["cancel"])
+        assert jobs_of(client, account) == []
 
 
 def test_the_sdks_retry_after_its_timeout_joins_the_job(gateway: Gateway, client: httpx.Client, version: str) -> None:
