@@ -27,12 +27,11 @@ def ended(client: httpx.Client, job_id: str) -> dict[str, Any]:
     return client.get(f"/v1/jobs/{job_id}").json()
 
 
-def tripped(worker: Process) -> dict[str, Any]:
-    """What a worker's watchdog has said."""
+def tripped(worker: Process) -> dict[str, dict[str, Any]]:
+    """What hung, as a worker's watchdog has said it; a loop that hangs takes its jobs along."""
     (entry,) = [entry for entry in worker.entries() if entry.get("event") == "watchdog_tripped"]
     assert entry["level"] == "error"
-    (hung,) = entry["hung"]
-    return hung
+    return {hung["what"]: hung for hung in entry["hung"]}
 
 
 @pytest.mark.parametrize(("fault", "phase"), [("fake:hang", "steps"), ("fake:block=60", "running")])
@@ -44,8 +43,8 @@ def test_a_hung_workers_job_runs_elsewhere(stack: Stack, fault: str, phase: str)
         assert ended(client, warm)["state"] == "succeeded"
         job_id = submit(client, prompt=f"a dog {fault}")["id"]
         assert hanging.wait() == STALLED_STATUS
-        hung = tripped(hanging)
-        assert (hung["what"], hung["phase"]) == (job_id if phase == "steps" else "event loop", phase)
+        hung = tripped(hanging)[job_id if phase == "steps" else "event loop"]
+        assert hung["phase"] == phase
         assert hung["seconds"] > hung["limit"] == 1.0
         assert "Current thread" in hanging.log.read_text()
         stack.worker(**MENDED)
