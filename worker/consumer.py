@@ -1,7 +1,7 @@
 """arq's worker with our own way of getting jobs: claims by script, woken by a list, under a lease and a fence.
 
-arq's ``run_job`` is kept: it reads the payload, runs the function and calls ``finish_job``, which is where the
-runner's decision is written. arq's polling, tries, time limits and signals are switched off.
+arq's ``run_job`` is kept: it takes the payload, runs the function and calls ``finish_job``, which is where the
+runner's decision is written. arq's polling, tries, time limits, signals and results are switched off.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from img2img.jobs import Failure, Outcome, StopReason
 from img2img.queue import Claim, JobQueue, WorkerInfo
 from img2img.settings import Settings
 from worker.heart import RETRY_SECONDS, Heart
+from worker.payloads import ClaimedPayloads
 from worker.runner import Decision, JobRunner, Lost, Release, Stop
 
 NEVER: Final = 30 * 24 * 3600
@@ -39,6 +40,7 @@ class Consumer(Worker):
             max_jobs=info.slots,
             job_serializer=msgspec.json.encode,
             job_deserializer=msgspec.json.decode,
+            keep_result=0,  # the terminal script writes it
             log_results=False,
         )
         self._queue = queue
@@ -50,6 +52,7 @@ class Consumer(Worker):
         self._stops: dict[int, Stop] = {}
         # The attempt that arq runs, by arq's job id; a job's attempts run one after another.
         self._running: dict[str, Claim] = {}
+        self._pool: Any = ClaimedPayloads(self._running)
         self._decisions: dict[int, Decision] = {}
         self._claim_number = 0
         self._heart = Heart(queue.name, info, settings, self._stop_jobs)
