@@ -1,4 +1,4 @@
-"""What arq's ``run_job`` asks the server about a job before it runs it, answered from the claim: no round trip a job."""
+"""What arq's ``run_job`` asks the server before it runs a job, answered from the claim: no round trip a job."""
 
 from collections.abc import Mapping
 from typing import Any, Final, Self
