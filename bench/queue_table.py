@@ -137,7 +137,7 @@ class Run:
         await asyncio.wait({answer, died}, timeout=LONGEST, return_when=asyncio.FIRST_COMPLETED)
         if producer.returncode != 0:
             await self._end(producer)
-            raise SystemExit(f"{self._command[1]} {mode} failed or hung:\n{self._log.read_text()}")
+            raise RuntimeError(f"{self._command[1]} {mode} failed or hung:\n{self._log.read_text()}")
         died.cancel()
         return msgspec.json.decode((await answer)[0], type=dict[str, Any])
 
@@ -175,9 +175,10 @@ async def measure(peer: Peer, durability: str, plan: Plan, first: bool) -> dict[
 
 
 async def measure_idle(peer: Peer, seconds: float) -> float:
-    """Commands a second of a worker that has had no job yet, from a second after it is up."""
+    """Commands a second of a worker that has nothing to do, from a second after it showed that it is up."""
     with tempfile.TemporaryDirectory() as folder:
-        async with fresh_server("everysec") as url, Run(peer, url, Path(folder)):
+        async with fresh_server("everysec") as url, Run(peer, url, Path(folder)) as run:
+            await run.produce("latency", 1)
             await asyncio.sleep(1)
             return await commands_per_second(url, seconds)
 
@@ -192,7 +193,8 @@ def percentiles(name: str, seconds: list[float]) -> dict[str, float]:
 
 async def measure_all(peers: list[Peer], durability: str, plan: Plan) -> dict[str, dict[str, float]]:
     """Medians over the rounds, by peer. The idle workers are watched all at once."""
-    idle = await asyncio.gather(*(measure_idle(peer, plan.idle_seconds) for peer in peers))
+    async with asyncio.TaskGroup() as group:
+        idle = [group.create_task(measure_idle(peer, plan.idle_seconds), name=peer.name) for peer in peers]
     rounds: dict[str, list[dict[str, float]]] = {peer.name: [] for peer in peers}
     for number in range(plan.rounds):
         for peer in peers:
@@ -202,7 +204,7 @@ async def measure_all(peers: list[Peer], durability: str, plan: Plan) -> dict[st
                 shown = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
                 log(f"{durability}, round {number + 1}, {peer.label}: {shown}")
     return {
-        peer.name: medians(rounds[peer.name]) | {"idle_commands_per_s": round(commands, 2)}
+        peer.name: medians(rounds[peer.name]) | {"idle_commands_per_s": round(commands.result(), 2)}
         for peer, commands in zip(peers, idle, strict=True)
     }
 

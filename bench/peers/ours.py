@@ -48,7 +48,7 @@ async def client() -> AsyncIterator[Submit]:
         async def result(job_id: str) -> Outcome:
             async with hub.follow(job_id) as follower:
                 while True:
-                    for event in await follower.next(5):
+                    for event in await follower.next(60):
                         if event.is_terminal:
                             return msgspec.convert(event.data, Outcome)
 

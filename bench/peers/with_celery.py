@@ -20,7 +20,7 @@ def run(payload: str) -> str:
 
 def submit() -> Any:
     submitted = run.delay(PAYLOAD)
-    return lambda: submitted.get(timeout=5)
+    return lambda: submitted.get(timeout=60)
 
 
 if __name__ == "__main__":

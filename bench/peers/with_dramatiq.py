@@ -32,7 +32,7 @@ def submit() -> Any:
     submitted, number = run.send(PAYLOAD), next(submissions)
     if not RESULTS:
         return lambda: notes().wait_for(number)
-    return lambda: submitted.get_result(block=True, timeout=5000)
+    return lambda: submitted.get_result(block=True, timeout=60_000)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ queue = Queue(connection=redis)
 
 def submit() -> Any:
     submitted = queue.enqueue(job, PAYLOAD)
-    return lambda: submitted.latest_result(timeout=5)
+    return lambda: submitted.latest_result(timeout=60)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ async def run(payload: str) -> str:
 async def client() -> AsyncIterator[Submit]:
     async def submit() -> Any:
         submitted = await run.enqueue(PAYLOAD)
-        return lambda: submitted.result(5)
+        return lambda: submitted.result(60)
 
     async with worker:
         yield submit
