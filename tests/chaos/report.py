@@ -9,6 +9,7 @@ import msgspec
 from tests.chaos.checker import Violation
 from tests.chaos.faults import Done, Fault
 from tests.chaos.profile import Profile
+from tests.chaos.restarts import Crash
 from tests.chaos.store import Stored
 
 JOBS_SHOWN: Final = 10
@@ -21,6 +22,7 @@ def describe(
     faults: Sequence[Fault],
     done: Sequence[Done],
     jobs: dict[str, Stored],
+    crashes: Sequence[Crash],
     violations: Sequence[Violation],
 ) -> str:
     """A text for a person."""
@@ -30,6 +32,10 @@ def describe(
         f"  {fault.at:7.2f} {fault.kind:14} pick {fault.pick:.3f} for {fault.seconds:g} s{' cut' if fault.cut else ''}"
         for fault in faults
     ]
+    lines += ["", "what happened:"]
+    lines += [f"  {_clock(fault.started)} to {_clock(fault.ended)} {fault.kind} of {fault.target}" for fault in done]
+    lines += ["", "jobs whose worker lived, but whose lease ran out while the server was disturbed:"]
+    lines += [f"  {crash.job_id} event {crash.seq}: {crash.worker}" for crash in crashes if crash.cause == "server"]
     for job_id in concerned[:JOBS_SHOWN]:
         lines += ["", *_job_lines(job_id, jobs.get(job_id), done)]
     lines += ["", *(f"{violation.job_id or '-'}: {violation.what}" for violation in violations)]
@@ -53,7 +59,11 @@ def _job_lines(job_id: str, stored: Stored | None, done: Sequence[Done]) -> Iter
             if first <= at <= last
         ]
     for at, words in sorted(moments):
-        yield f"  {datetime.fromtimestamp(at, UTC):%H:%M:%S.%f} {words}"
+        yield f"  {_clock(at)} {words}"
     shown = ("spec", "outcome")
     yield f"  record: { {name: value for name, value in stored.fields.items() if name not in shown} }"
     yield f"  prompt: {stored.prompt}"
+
+
+def _clock(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%H:%M:%S.%f}"

@@ -78,7 +78,7 @@ async def run(profile: Profile, folder: Path, *, timed: bool = True) -> Result:
         "unexplained": len(strange),
         "violations": len(violations),
     }
-    report = describe(profile, faults, injector.done, snapshot.jobs, violations) if violations else ""
+    report = describe(profile, faults, injector.done, snapshot.jobs, crashes, violations) if violations else ""
     return Result(counts, report)
 
 
