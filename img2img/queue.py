@@ -127,7 +127,7 @@ class JobQueue:
     """One queue of one shard. Every method raises ``Unavailable`` when the server cannot be reached.
 
     A job may fail ``attempts`` times and lose ``crash_limit`` workers; ``max_queued`` jobs may wait (0: no limit);
-    with ``refuse_late`` a job that is unlikely to meet its deadline is refused.
+    with ``refuse_late`` a job that will hardly meet its deadline is refused.
     """
 
     def __init__(

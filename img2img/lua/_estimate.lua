@@ -1,11 +1,10 @@
 -- When a job will be done. The expected time (the work before it over the workers' slots, and its own) is corrected by what
 -- such expectations turned out to be worth: quantiles of actual over expected time, per bucket of waiting time, tracked
 -- by stochastic approximation (Robbins and Monro 1951; Gibbs and Candes 2021 call it adaptive conformal inference).
--- Whatever the load, half of the jobs end before p50 and nine of ten before p90 in the long run.
+-- Whatever the load, half of the jobs end before p50 and nine of ten before p90 in the long run; one of ten before p10.
 
 local MAX_TENANTS_SEEN = 100
-local FIRST = { p50 = 0, p90 = 0.5 }
-local SHARES = { p50 = 0.5, p90 = 0.9 }
+local NOTHING_SEEN = '0 -0.5 0 0.5'
 local RATE, SLOWEST_RATE = 0.3, 0.03
 
 -- The work before a job that stands behind `ahead` jobs of its tenant: seconds, and the number of jobs.
@@ -51,7 +50,19 @@ local function bucket_of(wait, seconds)
   return wait < 3 * seconds and '1' or '2'
 end
 
-local function log_quantile(measures, name, bucket) return tonumber(measures[name][bucket] or FIRST[name]) end
+-- Of a bucket: how many jobs it has seen, and the logarithms of its quantiles p10, p50 and p90.
+local function quantiles_of(measures, bucket)
+  local seen, p10, p50, p90 = string.match(measures.quantiles[bucket] or NOTHING_SEEN, '(%S+) (%S+) (%S+) (%S+)')
+  return tonumber(seen), tonumber(p10), tonumber(p50), tonumber(p90)
+end
+
+-- The quantiles after one more job, whose time was exp(error) times what was expected.
+local function moved_quantiles(measures, bucket, error)
+  local seen, p10, p50, p90 = quantiles_of(measures, bucket)
+  local rate = math.max(SLOWEST_RATE, RATE / math.sqrt(seen + 1))
+  local function moved(at, share) return at + rate * (share - (error <= at and 1 or 0)) end
+  return string.format('%d %.6g %.6g %.6g', seen + 1, moved(p10, 0.1), moved(p50, 0.5), moved(p90, 0.9))
+end
 
 -- Learns from a finished job: its own seconds, and how far off the expected time to completion was.
 local function learn(queue, id)
@@ -62,22 +73,20 @@ local function learn(queue, id)
   local learned = { size, with_sample(measures.own, steps, seconds), '*', with_sample(measures.all, steps * area, seconds) }
   if v[6] then
     local error = math.log(math.max(NOW - v[8], 1) / 1000 / tonumber(v[6]))
-    local rate = math.max(SLOWEST_RATE, RATE / math.sqrt(redis.call('HINCRBY', measures.key, 'seen:' .. bucket, 1)))
-    for name, share in pairs(SHARES) do
-      local at = log_quantile(measures, name, bucket)
-      learned[#learned + 1] = name .. ':' .. bucket
-      learned[#learned + 1] = decimal(at + rate * (share - (error <= at and 1 or 0)))
-    end
+    learned[5], learned[6] = 'quantiles:' .. bucket, moved_quantiles(measures, bucket, error)
   end
   redis.call('HSET', measures.key, unpack(learned))
   redis.call('PEXPIRE', measures.key, KEPT)
   redis.call('HSET', queue.totals, 'engine', engine)
 end
 
--- Expected seconds to completion with its p50 and p90, for a job that waits and then runs `seconds`.
+-- Expected seconds to completion with their quantiles, for a job that waits and then runs `seconds`.
 local function completion(measures, wait, seconds)
   local bucket, expected = bucket_of(wait, seconds), wait + seconds
-  local p50 = expected * math.exp(log_quantile(measures, 'p50', bucket))
-  local p90 = expected * math.exp(log_quantile(measures, 'p90', bucket))
-  return { expected = expected, bucket = bucket, p50 = p50, p90 = math.max(p50, p90) }
+  local _, p10, p50, p90 = quantiles_of(measures, bucket)
+  local middle = expected * math.exp(p50)
+  return {
+    expected = expected, bucket = bucket,
+    p10 = math.min(middle, expected * math.exp(p10)), p50 = middle, p90 = math.max(middle, expected * math.exp(p90)),
+  }
 end

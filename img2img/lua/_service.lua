@@ -20,9 +20,8 @@ end
 local function measures_of(queue, engine, size)
   if not engine then return nil end
   local key = queue.service .. ':' .. engine
-  local v = redis.call('HMGET', key, size, '*', 'p50:0', 'p90:0', 'p50:1', 'p90:1', 'p50:2', 'p90:2')
-  return { key = key, own = v[1], all = v[2], p50 = { ['0'] = v[3], ['1'] = v[5], ['2'] = v[7] },
-    p90 = { ['0'] = v[4], ['1'] = v[6], ['2'] = v[8] } }
+  local v = redis.call('HMGET', key, size, '*', 'quantiles:0', 'quantiles:1', 'quantiles:2')
+  return { key = key, own = v[1], all = v[2], quantiles = { ['0'] = v[3], ['1'] = v[4], ['2'] = v[5] } }
 end
 
 local function numbers_in(text)

@@ -64,8 +64,8 @@ local function refusal(expected)
   if full then
     local pause = expected and expected.expected / math.max(full == 'full' and queued or mine, 1) or 1
     return { full, decimal(math.min(math.max(pause, 1), 60)), expected and decimal(expected.p50) or '' }
-  elseif order.refuse_late and expected and NOW + 1000 * expected.p50 > expires then
-    return { 'late', decimal(math.min(math.max(expected.p50 - order.lifetime / 1000, 1), 600)), decimal(expected.p50) }
+  elseif order.refuse_late and expected and NOW + 1000 * expected.p10 > expires then
+    return { 'late', decimal(math.min(math.max(expected.p10 - order.lifetime / 1000, 1), 600)), decimal(expected.p50) }
   end
 end
 

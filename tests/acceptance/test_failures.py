@@ -116,7 +116,7 @@ def test_a_job_that_fails_is_tried_again_and_then_fails(stack: Stack) -> None:
 def test_a_running_job_ends_at_its_deadline(stack: Stack) -> None:
     """The deadline stops a running job and a queued one alike, both as `expired`."""
     stack.worker()
-    with stack.gateway().client() as client:
+    with stack.gateway(refuse_late="false").client() as client:
         limit = {"deadline_seconds": 0.5}
         running = submit(client, prompt=ENDLESS, options=limit)["id"]
         queued = submit(client, prompt=ENDLESS, options=limit)["id"]
