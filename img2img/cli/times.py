@@ -12,9 +12,9 @@ def clock(at: datetime) -> str:
     return at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def likely(eta: "EtaInfo") -> str:
+def likely(eta: "EtaInfo", now: datetime | None = None) -> str:
     """When a job will be done: ``in about 40 s, 90 % by 18:00:05``."""
-    now = datetime.now(UTC)
+    now = now or datetime.now(UTC)
     by = eta.p90.astimezone()
     day = "" if by.date() == now.astimezone().date() else f"{by:%Y-%m-%d} "
     return f"in about {_rounded(max(0.0, (eta.p50 - now).total_seconds()))}, 90 % by {day}{by:%H:%M:%S}"

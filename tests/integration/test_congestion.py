@@ -19,7 +19,7 @@ from img2img.v1.img2img_pb2_grpc import Img2ImgServiceStub
 from tests.calls import bearer, blocked, jobs_of, model_error, problem, run_path, write_tenants
 from tests.parity_cases import ahead
 from tests.stack import Gateway, Stack, submit
-from tests.up.running import run
+from tests.up.running import Terminal, run
 
 REQUEST = pb.Img2ImgRequest(prompt="x")
 WAYS = ("native", "cloudflare", "batch", "create", "generate")
@@ -210,6 +210,17 @@ def test_a_job_starts_no_sooner_than_asked(gateway_with: Start) -> None:
         done = client.get(job["links"]["self"], params={"wait": 60}).json()
     assert done["state"] == "succeeded"
     assert datetime.fromisoformat(done["started_at"]).timestamp() >= int(start * 1000) / 1000
+
+
+def test_the_command_shows_what_it_waits_for(gateway_with: Start) -> None:
+    """On a terminal, until the job begins or Ctrl-C cancels it."""
+    _, gateway = gateway_with()
+    with Terminal("generate", "x", "--not-before", ahead(hours=1), IMG2IMG_SERVER=gateway.grpc) as terminal:
+        terminal.shows("queued, not before 2")
+        terminal.press_ctrl_c()
+        assert terminal.wait() == 130, terminal.text
+    with gateway.client() as client:
+        assert jobs_of(client)[0]["state"] == "canceled"
 
 
 def test_the_command_can_wait_for_later(gateway_with: Start, tmp_path: Path) -> None:

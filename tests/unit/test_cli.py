@@ -7,11 +7,14 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import click
 import pytest
 
 from img2img.cli import main
+from img2img.cli.times import likely
+from img2img.client import EtaInfo
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -86,6 +89,26 @@ def test_worker_options_become_settings() -> None:
     )
     assert ended.returncode == 2
     assert "img2img worker: IMG2IMG_REDIS_URL: it must begin with redis://" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(-3, "0 s"), (40.4, "40 s"), (119, "119 s"), (150.5, "3 min"), (3599, "60 min"), (3 * 3600, "3 h")],
+)
+def test_times_to_completion_are_short(seconds: float, words: str) -> None:
+    """No more digits than an estimate deserves; what has passed is now."""
+    now = datetime.now(UTC)
+    eta = EtaInfo(now + timedelta(seconds=seconds), now + timedelta(days=400))
+    by = r"90 % by 2\d{3}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.fullmatch(rf"in about {words}, {by}", likely(eta, now))
+
+
+@pytest.mark.parametrize("value", ["tomorrow", "2026-13-01", "0001-01-01T00:00:00+14:00"])
+def test_a_wrong_time_is_usage(value: str) -> None:
+    """The message shows how to write one."""
+    ended = run("generate", "x", "--not-before", value, "--server", "127.0.0.1:1")
+    assert ended.returncode == 2
+    assert "write 2026-12-31T18:00" in ended.stderr
 
 
 def test_an_unknown_option_is_usage() -> None:
