@@ -104,9 +104,10 @@ async def serve(settings: Settings) -> None:
     tenants = load_tenants(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     async with open_parts(settings) as parts, EventHub(parts.queue) as hub:
+        # Not before: a gateway that still waits for its server has nothing to drain, and ends at once.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
         service = JobService(parts, hub, tenants)
         budgets, drain = Budgets(settings.max_body_bytes_in_flight), Drain(parts.queue, settings)
         http = http_server(build_app(service, tenants, settings, budgets, drain), settings)

@@ -54,11 +54,10 @@ local function expectation()
   return wait and completion(measures, wait, seconds)
 end
 
+local queued = redis.call('ZCARD', OWN.expiry)
+
 local function refusal(expected)
-  local tenant, queued = tenant_of(OWN, account), redis.call('ZCARD', OWN.expiry)
-  -- With nothing queued nobody has anything queued: a count that says otherwise lost track of a vanished record.
-  if queued == 0 then redis.call('DEL', tenant) end
-  local mine = order.max_queued_account > 0 and number_of(tenant, 'queued') or 0
+  local mine = queued > 0 and order.max_queued_account > 0 and number_of(tenant_of(OWN, account), 'queued') or 0
   local full = order.max_queued > 0 and queued >= order.max_queued and 'full'
     or order.max_queued_account > 0 and mine >= order.max_queued_account and 'full_account'
   if full then
@@ -70,7 +69,7 @@ local function refusal(expected)
 end
 
 local function is_busy()
-  return (totals.slots or 0) - redis.call('ZCARD', OWN.expiry) - redis.call('ZCARD', OWN.leases) <= 0
+  return (totals.slots or 0) - queued - redis.call('ZCARD', OWN.leases) <= 0
 end
 
 local function record(expected)
@@ -103,6 +102,8 @@ if refused then return refused end
 
 local ttl, arq = int(expires - NOW + order.keep), arq_id(id)
 local job = record(expected)
+-- With nothing queued nobody has anything queued: a count that says otherwise lost track of a vanished record.
+if queued == 0 then redis.call('DEL', tenant_of(OWN, account)) end
 redis.call('PEXPIRE', key, ttl)
 redis.call('SET', 'arq:job:' .. arq, arq_payload(id), 'PX', ttl)
 redis.call('ZADD', OWN.alive, int(NOW), arq)
