@@ -10,7 +10,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 # Whatever runs as a script here has this folder on its path, where this file hides the standard library's `queue`.
-sys.path[:] = [str(FOLDER.parent), *(entry for entry in sys.path if entry != str(FOLDER))]
+sys.path[:] = [str(FOLDER.parent), *(entry for entry in sys.path if Path(entry).resolve() != FOLDER)]
 if __name__ == "queue":
     del sys.modules["queue"]
     import queue  # noqa: F401  # what the importer gets: the standard library's

@@ -268,7 +268,7 @@ def run_all(peers: list[Peer], durabilities: tuple[str, ...], plan: Plan) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Our queue beside others, on the same server")
     parser.add_argument("--quick", action="store_true", help="ours, arq and SAQ, one short round, synced always")
     parser.add_argument("--only", help=f"names with commas between: {', '.join(peer.name for peer in PEERS)}")
     parser.add_argument("--jobs", type=int, help="jobs in a burst")
