@@ -16,7 +16,8 @@ from tests.stack import Process, Stack, eventually, state_of, submit
 from worker.heart import Heart
 from worker.watchdog import STALLED_STATUS
 
-FAST_LEASE = {"lease": "1", "beat": "0.3"}
+FAST_LEASE = {"lease": "1.5", "beat": "0.4"}
+PATIENT_LEASE = {"lease": "2.5", "beat": "0.4"}
 IMPATIENT = {**FAST_LEASE, "stall_limit": "1"}
 MENDED = {**FAST_LEASE, "fake_obeys": "false"}
 
@@ -55,7 +56,7 @@ def test_a_hung_workers_job_runs_elsewhere(stack: Stack, fault: str, phase: str)
 
 def test_slow_steps_are_no_hang(stack: Stack) -> None:
     """Steps that take many leases, under a stall limit that they keep: the first attempt makes the picture."""
-    stack.worker(lease="0.9", beat="0.3")
+    stack.worker(**FAST_LEASE)
     with stack.gateway().client() as client:
         job_id = submit(client, prompt="a dog fake:step=3", num_steps=2)["id"]
         job = ended(client, job_id)
@@ -158,13 +159,13 @@ async def test_silent_connections_are_replaced_before_the_lease_is_over(stack: S
     line = Line(valkey_url.removeprefix("unix://"))
     async with await asyncio.start_server(line.serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        cut_off = await asyncio.to_thread(stack.worker, redis_url=f"redis://127.0.0.1:{port}/0", **FAST_LEASE)
+        cut_off = await asyncio.to_thread(stack.worker, redis_url=f"redis://127.0.0.1:{port}/0", **PATIENT_LEASE)
         gateway = await asyncio.to_thread(stack.gateway)
         with gateway.client() as client:
-            job_id = (await asyncio.to_thread(submit, client, prompt="a dog fake:step=1", num_steps=4))["id"]
+            job_id = (await asyncio.to_thread(submit, client, prompt="a dog fake:step=1.2", num_steps=4))["id"]
             await asyncio.to_thread(eventually, lambda: state_of(client, job_id) == "running", "running")
             line.silence()
-            await asyncio.to_thread(stack.worker, **FAST_LEASE)
+            await asyncio.to_thread(stack.worker, **PATIENT_LEASE)
             job = await asyncio.to_thread(ended, client, job_id)
         await asyncio.to_thread(cut_off.close)
     assert (job["state"], job["attempt"]) == ("succeeded", 1)
