@@ -258,8 +258,8 @@ class JobService:
                 len(body[name]) for name in ("image", "image_b64", "mask") if isinstance(body.get(name), bytes | str)
             )
         if size > THREAD_ABOVE:
-            return await asyncio.to_thread(build_request, body, order.options, limits)
-        return build_request(body, order.options, limits)
+            return await asyncio.to_thread(build_request, body, order.options, limits, order.deadline)
+        return build_request(body, order.options, limits, order.deadline)
 
     async def _submit(
         self, order: Order, checked: CheckedRequest, waiter: Waiter | None = None, job_id: str | None = None

@@ -35,7 +35,7 @@
         ├── InputGone                 input_gone            its input was deleted before it ran
         ├── Quarantined               quarantined           its workers died while running it
         ├── AttemptTimeout            attempt_timeout       one attempt took longer than allowed
-        ├── WorkerLost                worker_lost           every attempt's worker died
+        ├── WorkerLost                worker_lost           an attempt's worker died
         ├── JobCanceled               canceled
         └── JobExpired                expired               its deadline passed
 

@@ -1,7 +1,7 @@
 """A job's numbered event log, and the hub through which one process follows many jobs.
 
-The log is a list per job, written only by the queue's scripts: an event's number is its place. Pub/sub is nothing but a doorbell: each ring
-makes the follower read on from the last sequence number it has, so a lost ring, a coalesced ring or a
+The log is a list per job, written only by the queue's scripts: an event's number is its place. Pub/sub is nothing but
+a doorbell: each ring makes the follower read on from the last number it has, so a lost ring, a coalesced ring or a
 reconnect can never lose or double an event.
 """
 

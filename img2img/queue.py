@@ -92,6 +92,7 @@ class Claim(msgspec.Struct, frozen=True):
     expires_at: int
     claimed_at: int
     alone: bool = False
+    failures: int = 0
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
@@ -390,9 +391,9 @@ def _stop_reason(answer: bytes) -> StopReason:
 
 
 def _claim(raw: Sequence[Any]) -> Claim:
-    job_id, fence, attempt, spec, created, expires, now, alone = raw
+    job_id, fence, attempt, spec, created, expires, now, alone, failures = raw
     decoded = msgspec.json.decode(spec, type=JobSpec)
-    return Claim(job_id.decode(), fence, attempt, decoded, int(created), int(expires), now, bool(alone))
+    return Claim(job_id.decode(), fence, attempt, decoded, int(created), int(expires), now, bool(alone), int(failures))
 
 
 def _congested(why: str, pause: float, eta: float | None) -> Congested:

@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
@@ -141,8 +141,12 @@ def draw_seed() -> int:
     return secrets.randbits(32)
 
 
-def build_request(body: object, options: object = None, limits: RequestLimits | None = None) -> CheckedRequest:
+def build_request(
+    body: object, options: object = None, limits: RequestLimits | None = None, deadline: float | None = None
+) -> CheckedRequest:
     """Check a decoded body and options; ``image`` and ``mask`` may be bytes or lists of integers.
+
+    ``deadline`` is the caller's own, in seconds from now, beside the one in the options.
 
     Raises:
         InvalidRequest: names the first field that is wrong and what to send instead.
@@ -165,13 +169,13 @@ def build_request(body: object, options: object = None, limits: RequestLimits | 
         warnings.append(f"mask {mask.width}x{mask.height} was resized to the image's {image.width}x{image.height}")
     return CheckedRequest(
         request=request,
-        options=build_options(options, limits),
+        options=build_options(options, limits, deadline),
         parameters=_parameters(request, image, mask),
         warnings=tuple(warnings),
     )
 
 
-def build_options(options: object, limits: RequestLimits) -> JobOptions:
+def build_options(options: object, limits: RequestLimits, deadline: float | None = None) -> JobOptions:
     """Check ``options``; unknown names are refused, so that a misspelt option is never ignored.
 
     Raises:
@@ -193,22 +197,27 @@ def build_options(options: object, limits: RequestLimits) -> JobOptions:
             "options.deadline_seconds",
             f"'/options/deadline_seconds' must be above 0 and at most {limits.max_deadline:g}",
         )
-    _check_not_before(built, limits)
-    return built
+    return msgspec.structs.replace(built, not_before=_start(built, limits, deadline))
 
 
-def _check_not_before(options: JobOptions, limits: RequestLimits) -> None:
+def _start(options: JobOptions, limits: RequestLimits, deadline: float | None) -> datetime | None:
+    """``not_before`` in UTC, so that one time has one spelling."""
     if options.not_before is None:
-        return
-    ahead = options.not_before.timestamp() - time.time()
+        return None
+    try:
+        start = options.not_before.astimezone(UTC)
+    except OverflowError as exc:
+        raise InvalidRequest("options.not_before", "'/options/not_before' must be a time that UTC has, too") from exc
+    ahead = start.timestamp() - time.time()
     if ahead > limits.max_defer:
         raise InvalidRequest(
-            "options.not_before", f"'/options/not_before' must be at most {limits.max_defer:g} seconds away"
+            "options.not_before", f"'/options/not_before' must be at most {limits.max_defer:.0f} seconds away"
         )
-    if options.deadline_seconds is not None and ahead >= options.deadline_seconds:
+    if any(limit is not None and ahead >= limit for limit in (options.deadline_seconds, deadline)):
         raise InvalidRequest(
             "options.not_before", "'/options/not_before' must lie before the deadline: move one of the two"
         )
+    return start
 
 
 def _check_rules(request: Img2ImgRequest, limits: RequestLimits) -> None:

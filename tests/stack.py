@@ -126,9 +126,9 @@ class Stack:
         return self._folder / f"{kind}-{len(self._processes)}.log"
 
 
-def submit(client: httpx.Client, **body: Any) -> dict[str, Any]:
+def submit(client: httpx.Client, headers: dict[str, str] | None = None, **body: Any) -> dict[str, Any]:
     """A job made through the native API."""
-    answer = client.post("/v1/jobs", json=body)
+    answer = client.post("/v1/jobs", json=body, headers=headers)
     assert answer.status_code == 202, answer.text
     return answer.json()
 

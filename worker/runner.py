@@ -40,6 +40,7 @@ from worker.images import decode_inputs, encode_picture, resolve_size
 from worker.watchdog import JobWatch, Watchdog
 
 MAX_RETRY_DELAY: Final = 60.0
+MAX_DOUBLINGS: Final = 20
 BLOB_RETRY_SECONDS: Final = (0.25, 0.75)
 T = TypeVar("T")
 
@@ -340,11 +341,11 @@ class JobRunner:
                 return attempt.outcome(JobState.FAILED, failure)
             case _:
                 attempt.clock.close()
-                return Release(failure, "failures", delay=self._retry_delay(attempt.claim.attempt))
+                return Release(failure, "failures", delay=self._retry_delay(attempt.claim.failures))
 
-    def _retry_delay(self, attempt: int) -> float:
+    def _retry_delay(self, failures: int) -> float:
         """Exponential back-off with full jitter, in seconds."""
-        ceiling = min(MAX_RETRY_DELAY, self._settings.retry_delay * 2 ** (attempt - 1))
+        ceiling = min(MAX_RETRY_DELAY, self._settings.retry_delay * 2 ** min(failures, MAX_DOUBLINGS))
         return random.uniform(ceiling / 2, ceiling)  # noqa: S311 - no secret depends on it
 
     def note(self, claim: Claim, decision: Decision) -> None:

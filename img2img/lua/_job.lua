@@ -51,6 +51,14 @@ local function discard_inputs(inputs, kept)
   if inputs then redis.call('RPUSH', DISCARD, int(kept) .. ' ' .. inputs) end
 end
 
+-- Takes that word back, if upkeep has not followed it yet.
+local function keep_inputs(id)
+  local job = redis.call('HMGET', job_key(id), 'inputs', 'keep')
+  for _, kept in ipairs({ '0', job[2] }) do
+    if job[1] then redis.call('LREM', DISCARD, 0, kept .. ' ' .. job[1]) end
+  end
+end
+
 -- The only way into a terminal state: record, terminal event, arq's result and every index in one go.
 local function finalize(id, state, outcome)
   local key, arq = job_key(id), arq_id(id)

@@ -62,7 +62,7 @@ local function next_ready(queue, engine)
     if not account then return nil end
     local id = redis.call('ZPOPMIN', ready_of(queue, account))[1]
     local v = id and redis.call('HMGET', job_key(id), 'units', 'weight', 'size', 'steps', 'area', 'expires', 'attempt',
-      'spec', 'created')
+      'spec', 'created', 'failures')
     if not id then
       rest(queue, account)
     elseif not v[1] then  -- its record has gone: see `exists`
@@ -74,7 +74,8 @@ local function next_ready(queue, engine)
       redis.call('ZREMRANGEBYSCORE', queue.rested, '-inf', first[2])
       redis.call('ZINCRBY', queue.tenants, decimal(seconds / tonumber(v[2])), account)
       left_ready(queue, account, v[1])
-      return id, { account = account, ms = int(1000 * seconds), expires = v[6], attempt = v[7], spec = v[8], created = v[9] }
+      return id, { account = account, ms = int(1000 * seconds), expires = v[6], attempt = v[7], spec = v[8], created = v[9],
+        failures = v[10] }
     end
   end
 end

@@ -1,7 +1,7 @@
 -- Hands up to `count` jobs to a worker, each under a lease and a fence of its own. Sent again with the same
 -- token, because an answer was lost, it hands out the same jobs.
 -- ARGV: queue, worker, engine, count, held (how many it runs already), lease ms, token
--- Returns {ms until upkeep is due or -1 (or there are jobs), {id, fence, attempt, spec, created, expires, now, alone (1 | 0)}, …}
+-- Returns {ms until upkeep is due or -1 (or there are jobs), {id, fence, attempt, spec, created, expires, now, alone (1 | 0), failures}, …}
 local worker, engine, count, held = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local lease, token = ARGV[6], ARGV[7]
 -- A suspect that found no idle worker for this long makes a busy one take nothing else until it is idle.
@@ -12,9 +12,10 @@ local last = P .. 'claimed:' .. worker
 
 -- What is answered again for a job that this worker still holds.
 local function claim_of(id)
-  local v = redis.call('HMGET', job_key(id), 'fence', 'attempt', 'spec', 'created', 'expires', 'crashes', 'worker', 'state')
+  local v = redis.call('HMGET', job_key(id), 'fence', 'attempt', 'spec', 'created', 'expires', 'crashes', 'worker', 'state',
+    'failures')
   if v[7] ~= worker or v[8] ~= 'running' then return nil end
-  return { id, tonumber(v[1]), tonumber(v[2]), v[3], v[4], v[5], NOW, v[6] and 1 or 0 }
+  return { id, tonumber(v[1]), tonumber(v[2]), v[3], v[4], v[5], NOW, v[6] and 1 or 0, v[9] or '0' }
 end
 
 local function take(id, job, alone)
@@ -25,7 +26,7 @@ local function take(id, job, alone)
   enter_running(OWN, id, lease, job.ms)
   redis.call('SET', 'arq:in-progress:' .. arq_id(id), worker, 'PX', lease)
   emit(id, 'running', '{"attempt":' .. attempt .. ',"worker":' .. cjson.encode(worker) .. '}')
-  return { id, fence, attempt, job.spec, job.created, job.expires, NOW, alone }
+  return { id, fence, attempt, job.spec, job.created, job.expires, NOW, alone, job.failures or '0' }
 end
 
 local function take_ready(claims)
@@ -41,8 +42,9 @@ local function take_ready(claims)
 end
 
 local function take_alone(id)
-  local v = redis.call('HMGET', job_key(id), 'account', 'ms', 'expires', 'attempt', 'spec', 'created')
-  return take(id, { account = v[1], ms = v[2], expires = v[3], attempt = v[4], spec = v[5], created = v[6] }, 1)
+  local v = redis.call('HMGET', job_key(id), 'account', 'ms', 'expires', 'attempt', 'spec', 'created', 'failures')
+  return take(id, { account = v[1], ms = v[2], expires = v[3], attempt = v[4], spec = v[5], created = v[6],
+    failures = v[7] }, 1)
 end
 
 -- A job whose worker died gets a worker of its own; true when this one must take nothing beside it.

@@ -17,5 +17,6 @@ redis.call('DEL', 'arq:result:' .. arq)
 redis.call('SET', 'arq:job:' .. arq, arq_payload(id), 'PX', ttl)
 redis.call('ZADD', queue.alive, int(NOW), arq)
 redis.call('ZREM', queue.quarantine, id)
+keep_inputs(id)
 enqueue(queue, id, job, NOW, '{"replays":' .. replays .. '}')
 return state

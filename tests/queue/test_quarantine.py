@@ -3,6 +3,7 @@
 import asyncio
 from typing import Final
 
+import msgspec
 import pytest
 from arq.connections import ArqRedis
 from arq.jobs import Job as ArqJob
@@ -10,8 +11,8 @@ from arq.jobs import JobStatus
 
 from img2img.errors import JobNotFound, LeaseLost
 from img2img.jobs import Failure, JobState, Outcome
-from img2img.queue import Claim, JobQueue
-from tests.queue.calls import LEASE, SUCCEEDED, claim_one, event_types, submit
+from img2img.queue import Claim, JobQueue, Lifetime
+from tests.queue.calls import KEEP, LEASE, SUCCEEDED, claim_one, event_types, spec, submit
 
 GONE: Final = 0.001
 """A lease that has run out when anybody looks again."""
@@ -63,6 +64,16 @@ async def test_a_quarantined_jobs_input_is_kept(queue: JobQueue, redis: ArqRedis
     await redis.rpush(f"{queue.prefix}discard", f"60000 input:{job_id}", "0 input:other")
     discarded, _ = await queue.sweep()
     assert discarded == {f"input:{job_id}": 60.0, "input:other": 0.0}
+
+
+async def test_a_replay_keeps_the_input(redis: ArqRedis) -> None:
+    """Upkeep has been told to delete it, but had no time yet."""
+    queue = JobQueue(redis)
+    job = msgspec.structs.replace(spec(queue), inputs="input:x")
+    await queue.submit(job, Lifetime(60, KEEP))
+    await queue.cancel(job.id)
+    await queue.replay(job.id, 60)
+    assert (await queue.sweep())[0] == {}
 
 
 async def test_a_replay_runs_once_more_under_the_same_id(queue: JobQueue, redis: ArqRedis) -> None:
