@@ -126,7 +126,10 @@ def find_crashes(fleet: Fleet, faults: Sequence[Done], jobs: Sequence[Stored]) -
             if start.type != "running" or not isinstance(error, dict) or KINDS.get(error["code"]) != "crashes":
                 continue
             worker, at = str(start.data["worker"]), lost.at / 1000
-            near = [fault for fault in faults if Span(fault.started, fault.ended + SLACK).meets(at - reach, at)]
-            own = any(fault.target == worker for fault in near)
+            before = [fault for fault in faults if fault.started <= at]
+            near = [fault for fault in before if Span(fault.started, fault.ended + SLACK).meets(at - reach, at)]
+            # A death can be noticed late, when the server was away meanwhile.
+            died = any(fault.kind is Kind.WORKER_KILL and fault.target == worker for fault in before)
+            own = died or any(fault.target == worker for fault in near)
             others = any(fault.kind in HURTS_SERVER for fault in near)
             yield Crash(stored.id, lost.seq, worker, "worker" if own else "server" if others else None)
