@@ -86,7 +86,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 FULL: Final = Plan(rounds=3, jobs=3000, latencies=200, slow_jobs=2000, slow_latencies=200, idle_seconds=10.0)
-QUICK: Final = Plan(rounds=1, jobs=1000, latencies=100, slow_jobs=300, slow_latencies=8, idle_seconds=5.0)
+QUICK: Final = Plan(rounds=1, jobs=1000, latencies=60, slow_jobs=300, slow_latencies=6, idle_seconds=5.0)
 
 
 def install(peer: Peer) -> str:
