@@ -7,6 +7,31 @@ local MAX_TENANTS_SEEN = 100
 local NOTHING_SEEN = '0 -0.5 0 0.5'
 local RATE, SLOWEST_RATE = 0.3, 0.03
 
+-- Work that came in lately, in seconds a second: sums that decay with this time constant (ms).
+local INFLOW_MEMORY = 30000
+-- However much comes in, this share of the slots is left to whoever waits.
+local LEAST_SHARE = 0.25
+
+local function decayed(sum, at) return (sum or 0) * math.exp(((at or NOW) - NOW) / INFLOW_MEMORY) end
+
+local function inflow_of(queue, account)
+  local sum, at = string.match(redis.call('GET', queue.inflow .. ':' .. account) or '', '(%S+) (%S+)')
+  return decayed(tonumber(sum), tonumber(at))
+end
+
+local function note_inflow(queue, totals, account, seconds)
+  local mine = decimal(inflow_of(queue, account) + seconds)
+  redis.call('SET', queue.inflow .. ':' .. account, mine .. ' ' .. int(NOW), 'PX', 10 * INFLOW_MEMORY)
+  local all = decimal(decayed(totals.inflow, totals.inflow_at) + seconds)
+  redis.call('HSET', queue.totals, 'inflow', all, 'inflow_at', int(NOW))
+end
+
+-- Slots that are there for an account's own jobs, as far as others keep sending theirs.
+local function own_slots(queue, totals, account)
+  local others = decayed(totals.inflow, totals.inflow_at) - inflow_of(queue, account)
+  return math.max(LEAST_SHARE * totals.slots, totals.slots - math.max(others, 0) / INFLOW_MEMORY * 1000)
+end
+
 -- The work before a job that stands behind `ahead` jobs of its tenant: seconds, and the number of jobs.
 -- Every other tenant gets its share until the job's own tag comes up.
 local function work_before(queue, totals, measures, account, ahead)
@@ -34,14 +59,15 @@ local function work_before(queue, totals, measures, account, ahead)
   return work, position
 end
 
--- Seconds until `work` seconds of ready jobs have been started, or nil when nobody works.
-local function wait_for_slot(queue, totals, work, position)
+-- Seconds until an account's job has a slot, with so much work and so many jobs before it; nil when nobody works.
+local function wait_for_slot(queue, totals, account, work, position)
   local slots = totals.slots or 0
   if slots <= 0 then return nil end
   local running = redis.call('ZCARD', queue.leases)
   if position < slots - running then return 0 end
   local elapsed = running * NOW - (totals.running_since or 0)
-  return (math.max(0, (totals.running_ms or 0) - elapsed) / 1000 + work) / slots
+  local rest = math.max(0, (totals.running_ms or 0) - elapsed) / 1000 / slots
+  return work > 0 and rest + work / own_slots(queue, totals, account) or rest
 end
 
 -- Waits that are nothing, of the order of the job itself, or longer: each errs in its own way.

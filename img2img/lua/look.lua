@@ -26,7 +26,7 @@ local function position_and_eta(id)
     return false, measured and completion(measures, 0, seconds), tonumber(start)
   end
   local work, position = work_before(queue, totals, measures, job[2], rank)
-  local wait = wait_for_slot(queue, totals, work, position)
+  local wait = wait_for_slot(queue, totals, job[2], work, position)
   return position, wait and measured and completion(measures, wait, seconds), NOW
 end
 

@@ -46,11 +46,12 @@ local totals = totals_of(OWN)
 local measures = measures_of(OWN, totals.engine, order.size)
 local area = relative_area(totals, order.pixels)
 
+local seconds, measured = service_seconds(measures, order.steps, area)
+
 local function expectation()
-  local seconds, measured = service_seconds(measures, order.steps, area)
   if not measured or order.not_before > NOW then return nil end
   local ahead = totals.units and redis.call('ZCOUNT', ready_of(OWN, account), '-inf', score) or 0
-  local wait = wait_for_slot(OWN, totals, work_before(OWN, totals, measures, account, ahead))
+  local wait = wait_for_slot(OWN, totals, account, work_before(OWN, totals, measures, account, ahead))
   return wait and completion(measures, wait, seconds)
 end
 
@@ -102,6 +103,7 @@ if refused then return refused end
 
 local ttl, arq = int(expires - NOW + order.keep), arq_id(id)
 local job = record(expected)
+if measured then note_inflow(OWN, totals, account, seconds) end
 -- With nothing queued nobody has anything queued: a count that says otherwise lost track of a vanished record.
 if queued == 0 then redis.call('DEL', tenant_of(OWN, account)) end
 redis.call('PEXPIRE', key, ttl)
