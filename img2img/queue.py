@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import msgspec
 import uuid_utils
 from arq.connections import ArqRedis
+from redis.exceptions import NoScriptError
 
 from img2img import lua
 from img2img.errors import (
@@ -306,9 +307,16 @@ class JobQueue:
         Raises:
             LeaseLost: somebody else holds the job now; nothing was written.
         """
-        done = await self._run("finish", claim.id, claim.fence, outcome.state.value, msgspec.json.encode(outcome))
+        [done] = await self.finish_all([(claim, outcome)])
         if not done:
             raise LeaseLost(f"Job {claim.id} is no longer held under fence {claim.fence}")
+
+    async def finish_all(self, ended: Sequence[tuple[Claim, Outcome]]) -> list[bool]:
+        """End jobs, each by itself, in one trip; false for those that somebody else holds now. Safe to repeat."""
+        calls = [
+            (claim.id, claim.fence, outcome.state.value, msgspec.json.encode(outcome)) for claim, outcome in ended
+        ]
+        return [bool(done) for done in await self._run_all("finish", calls)]
 
     async def release(
         self, claim: Claim, why: Failure, kind: Literal["failures", "interruptions"], *, delay: float = 0.0
@@ -380,6 +388,19 @@ class JobQueue:
 
     def _control_key(self, worker: str) -> str:
         return f"{self.prefix}control:{worker}"
+
+    async def _run_all(self, script: str, calls: Sequence[Sequence[Any]]) -> list[Any]:
+        """One script for several sets of arguments, in one trip. It must be safe to repeat."""
+        known = self._scripts[script]
+        with translated():
+            while True:
+                async with self.redis.pipeline(transaction=False) as pipe:
+                    for arguments in calls:
+                        pipe.evalsha(known.sha, 1, self.prefix, self.name, *arguments)
+                    try:
+                        return await pipe.execute()
+                    except NoScriptError:
+                        await self.redis.script_load(known.script)
 
     async def _run(self, script: str, *arguments: Any) -> Any:
         with translated():

@@ -17,6 +17,7 @@ from img2img.errors import LeaseLost, Unavailable
 from img2img.jobs import Failure, Outcome, StopReason
 from img2img.queue import Claim, JobQueue, WorkerInfo
 from img2img.settings import Settings
+from worker.finisher import Finisher
 from worker.heart import RETRY_SECONDS, Heart
 from worker.payloads import ClaimedPayloads
 from worker.runner import Decision, JobRunner, Lost, Release, Stop
@@ -55,6 +56,7 @@ class Consumer(Worker):
         self._pool: Any = ClaimedPayloads(self._running)
         self._decisions: dict[int, Decision] = {}
         self._claim_number = 0
+        self._finisher = Finisher(queue)
         self._heart = Heart(queue.name, info, settings, self._stop_jobs)
         self._draining = asyncio.Event()
         self._slot_freed = asyncio.Event()
@@ -197,7 +199,7 @@ class Consumer(Worker):
     async def _write(self, claim: Claim, decision: Decision) -> None:
         match decision:
             case Outcome():
-                await self._queue.finish(claim, decision)
+                await self._finisher.finish(claim, decision)
             case Release(why, kind, delay):
                 await self._queue.release(claim, why, kind, delay=delay)
             case Lost():

@@ -80,7 +80,11 @@ if isolate(claims) then
 else
   take_ready(claims)
 end
-if #claims == 0 then return { next_due() } end
+if #claims == 0 then
+  -- Nothing is ready, so that whatever tokens there are belong to jobs that others took.
+  redis.call('DEL', OWN.wake)
+  return { next_due() }
+end
 local ids = {}
 for i, claim in ipairs(claims) do ids[i] = claim[1] end
 redis.call('SET', last, token .. ' ' .. table.concat(ids, ' '), 'PX', lease)
