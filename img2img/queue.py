@@ -82,7 +82,7 @@ class Submitted(msgspec.Struct, frozen=True):
 class Claim(msgspec.Struct, frozen=True):
     """A worker's hold on a job: every write of this attempt carries ``fence``. Times in ms since 1970.
 
-    A job that is to run ``alone`` has lost a worker before: nothing is claimed beside it.
+    A ``suspect`` has lost a worker before: one that is claimed by an idle worker runs alone there.
     """
 
     id: str
@@ -92,7 +92,7 @@ class Claim(msgspec.Struct, frozen=True):
     created_at: int
     expires_at: int
     claimed_at: int
-    alone: bool = False
+    suspect: bool = False
     failures: int = 0
 
 
@@ -258,14 +258,15 @@ class JobQueue:
         return Page(tuple(found), ids[-1])
 
     async def claim(
-        self, worker: str, count: int, lease: float, token: str, *, engine: str = "", held: int = 0
+        self, worker: str, count: int, lease: float, token: str, *, engine: str = "", held: Sequence[Claim] = ()
     ) -> tuple[list[Claim], float | None]:
         """Take up to ``count`` jobs; also says in how many seconds the queue needs looking at again.
 
-        ``engine`` names what will run them, for the measured times; ``held`` is how many the worker runs already.
+        ``engine`` names what will run them, for the measured times; ``held`` are those that the worker runs already.
         Until it has answered, repeat it with the same ``token``: it then hands out the same jobs again.
         """
-        due, *claims = await self._run("claim", worker, engine, count, held, milliseconds(lease), token)
+        suspects = sum(claim.suspect for claim in held)
+        due, *claims = await self._run("claim", worker, engine, count, len(held), suspects, milliseconds(lease), token)
         return [_claim(raw) for raw in claims], None if due < 0 else due / 1000
 
     async def beat(
@@ -313,9 +314,7 @@ class JobQueue:
 
     async def finish_all(self, ended: Sequence[tuple[Claim, Outcome]]) -> list[bool]:
         """End jobs, each by itself, in one trip; false for those that somebody else holds now. Safe to repeat."""
-        calls = [
-            (claim.id, claim.fence, outcome.state.value, msgspec.json.encode(outcome)) for claim, outcome in ended
-        ]
+        calls = [(claim.id, claim.fence, outcome.state.value, msgspec.json.encode(outcome)) for claim, outcome in ended]
         return [bool(done) for done in await self._run_all("finish", calls)]
 
     async def release(
@@ -412,9 +411,11 @@ def _stop_reason(answer: bytes) -> StopReason:
 
 
 def _claim(raw: Sequence[Any]) -> Claim:
-    job_id, fence, attempt, spec, created, expires, now, alone, failures = raw
+    job_id, fence, attempt, spec, created, expires, now, suspect, failures = raw
     decoded = msgspec.json.decode(spec, type=JobSpec)
-    return Claim(job_id.decode(), fence, attempt, decoded, int(created), int(expires), now, bool(alone), int(failures))
+    return Claim(
+        job_id.decode(), fence, attempt, decoded, int(created), int(expires), now, bool(suspect), int(failures)
+    )
 
 
 def _congested(why: str, pause: float, eta: float | None) -> Congested:

@@ -103,7 +103,7 @@ class Consumer(Worker):
             try:
                 # The number changes only when there was an answer: a lost one is asked for again.
                 token = str(self._claim_number)
-                engine, held = f"{self._info.engine}/{self._info.model}", len(self._held)
+                engine, held = f"{self._info.engine}/{self._info.model}", tuple(self._held.values())
                 claims, due = await self._queue.claim(
                     self._info.id, free, self._settings.lease, token, engine=engine, held=held
                 )
@@ -118,7 +118,7 @@ class Consumer(Worker):
                 await self._pause()
 
     def _free_slots(self) -> int:
-        if any(claim.alone for claim in self._held.values()):
+        if len(self._held) == 1 and next(iter(self._held.values())).suspect:
             return 0
         return self._info.slots - len(self._held)
 

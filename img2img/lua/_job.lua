@@ -94,14 +94,19 @@ local function cancel(id, reason)
   finalize(id, 'canceled', error_outcome('canceled', 'canceled', 'Canceled: ' .. reason))
 end
 
--- Ready for a worker. A job whose worker died runs alone next time, so that only the culprit is found guilty twice.
+-- So many workers are woken for a suspect, since those that are busy leave it to an idle one.
+local SUSPECT_TOKENS = 8
+
+-- Ready for a worker. A job whose worker died is a suspect and runs alone next time, if possible, so that only the
+-- culprit is found guilty twice.
 local function make_ready(queue, id, job)
   if job.crashes then
     redis.call('ZADD', queue.suspects, int(NOW), id)
+    for _ = 1, SUSPECT_TOKENS do wake(queue) end
   else
     enter_ready(queue, id, job)
+    wake(queue)
   end
-  wake(queue)
 end
 
 -- What it takes to put a job of that record into a queue.

@@ -1,11 +1,12 @@
 -- Hands up to `count` jobs to a worker, each under a lease and a fence of its own. Sent again with the same
 -- token, because an answer was lost, it hands out the same jobs.
--- ARGV: queue, worker, engine, count, held (how many it runs already), lease ms, token
--- Returns {ms until upkeep is due or -1 (or there are jobs), {id, fence, attempt, spec, created, expires, now, alone (1 | 0), failures}, …}
-local worker, engine, count, held = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-local lease, token = ARGV[6], ARGV[7]
--- A suspect that found no idle worker for this long makes a busy one take nothing else until it is idle.
-local PATIENCE, WAIT_FOR_IDLE = 2000, 200
+-- ARGV: queue, worker, engine, count, held (how many it runs already), suspects (how many of those are), lease ms, token
+-- Returns {ms until upkeep is due or -1 (or there are jobs),
+--   {id, fence, attempt, spec, created, expires, now, suspect (1 | 0), failures}, …}
+local worker, engine, count, held, suspects = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local lease, token = ARGV[7], ARGV[8]
+-- A suspect that found no idle worker for this long goes beside other jobs, but never beside another suspect.
+local PATIENCE = 1000
 -- A worker that has its hands full leaves upkeep to others if it was done this short a time ago.
 local SWEEP_EVERY = 20
 local last = P .. 'claimed:' .. worker
@@ -18,7 +19,7 @@ local function claim_of(id)
   return { id, tonumber(v[1]), tonumber(v[2]), v[3], v[4], v[5], NOW, v[6] and 1 or 0, v[9] or '0' }
 end
 
-local function take(id, job, alone)
+local function take(id, job, suspect)
   local attempt, fence = tonumber(job.attempt) + 1, redis.call('INCR', P .. 'fence')
   redis.call('HSET', job_key(id), 'state', 'running', 'attempt', attempt, 'fence', fence, 'worker', worker,
     'engine', engine, 'started', int(NOW), 'ms', job.ms)
@@ -26,7 +27,7 @@ local function take(id, job, alone)
   enter_running(OWN, id, lease, job.ms)
   redis.call('SET', 'arq:in-progress:' .. arq_id(id), worker, 'PX', lease)
   emit(id, 'running', '{"attempt":' .. attempt .. ',"worker":' .. cjson.encode(worker) .. '}')
-  return { id, fence, attempt, job.spec, job.created, job.expires, NOW, alone, job.failures or '0' }
+  return { id, fence, attempt, job.spec, job.created, job.expires, NOW, suspect, job.failures or '0' }
 end
 
 local function take_ready(claims)
@@ -41,25 +42,27 @@ local function take_ready(claims)
   end
 end
 
-local function take_alone(id)
+local function take_suspect(id)
   local v = redis.call('HMGET', job_key(id), 'account', 'ms', 'expires', 'attempt', 'spec', 'created', 'failures')
   return take(id, { account = v[1], ms = v[2], expires = v[3], attempt = v[4], spec = v[5], created = v[6],
     failures = v[7] }, 1)
 end
 
--- A job whose worker died gets a worker of its own; true when this one must take nothing beside it.
+-- A job whose worker died runs alone on an idle worker, if there is one soon. True when nothing may run beside it.
 local function isolate(claims)
   local first = redis.call('ZRANGE', OWN.suspects, 0, 0, 'WITHSCORES')
-  if not first[1] then return false end
-  if held == 0 then
-    redis.call('ZREM', OWN.suspects, first[1])
-    redis.call('DEL', OWN.isolating)
-    if exists(first[1]) then claims[1] = take_alone(first[1]) end
-    return claims[1] ~= nil
-  end
-  if NOW - first[2] < PATIENCE then return false end
-  redis.call('SET', OWN.isolating, worker, 'NX', 'PX', 10000)
-  return redis.call('GET', OWN.isolating) == worker
+  if not first[1] or suspects > 0 or (held > 0 and NOW - first[2] < PATIENCE) then return false end
+  redis.call('ZREM', OWN.suspects, first[1])
+  if exists(first[1]) then claims[1] = take_suspect(first[1]) end
+  return claims[1] ~= nil and held == 0
+end
+
+-- When this worker should look again although nobody rings.
+local function look_again()
+  local soonest, first = next_due(), redis.call('ZRANGE', OWN.suspects, 0, 0, 'WITHSCORES')
+  if not first[2] or suspects > 0 then return soonest end
+  local ripe = math.max(0, first[2] + PATIENCE - NOW)
+  return (soonest < 0 or ripe < soonest) and ripe or soonest
 end
 
 local function answer_again(ids)
@@ -75,15 +78,11 @@ if redis.call('EXISTS', OWN.tenants) == 0 or NOW - (redis.call('HGET', OWN.stall
   sweep()
 end
 local claims = {}
-if isolate(claims) then
-  if not claims[1] then return { WAIT_FOR_IDLE } end
-else
-  take_ready(claims)
-end
+if not isolate(claims) then take_ready(claims) end
 if #claims == 0 then
   -- Nothing is ready, so that whatever tokens there are belong to jobs that others took.
-  redis.call('DEL', OWN.wake)
-  return { next_due() }
+  if redis.call('EXISTS', OWN.suspects) == 0 then redis.call('DEL', OWN.wake) end
+  return { look_again() }
 end
 local ids = {}
 for i, claim in ipairs(claims) do ids[i] = claim[1] end

@@ -1,6 +1,7 @@
 """What the tests of the queue do again and again."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, Final
 
 from img2img.events import EventHub
@@ -40,7 +41,7 @@ async def submit(
     return (await queue.submit(job, Lifetime(seconds, KEEP), **more)).id
 
 
-async def claim_one(queue: JobQueue, lease: float = LEASE, worker: str = "w1", held: int = 0) -> Claim:
+async def claim_one(queue: JobQueue, lease: float = LEASE, worker: str = "w1", held: Sequence[Claim] = ()) -> Claim:
     """The next job, for an idle worker unless it has ``held`` others."""
     claims, _ = await queue.claim(worker, 1, lease, token=str(next(_TOKENS)), engine="fake/fake", held=held)
     return claims[0]

@@ -128,7 +128,7 @@ async def test_only_the_culprit_is_found_guilty(queue: JobQueue) -> None:
     await asyncio.sleep(0.005)
     for turn in range(4):
         claims, _ = await queue.claim("w2", 4, LEASE if turn else GONE, str(turn))
-        assert [claim.alone for claim in claims] == [True]
+        assert [claim.suspect for claim in claims] == [True]
         if turn:
             await queue.finish(claims[0], SUCCEEDED)
         else:
@@ -141,29 +141,37 @@ async def test_only_the_culprit_is_found_guilty(queue: JobQueue) -> None:
 
 async def test_a_suspect_waits_for_an_idle_worker(queue: JobQueue) -> None:
     """A worker that holds jobs takes others meanwhile; an idle one takes the suspect first, and nothing beside it."""
+    held = [await submit(queue) and await claim_one(queue, worker="busy")]
     suspect = await submit(queue)
     await lose(queue)
     other = await submit(queue)
     await queue.sweep()
-    assert (await claim_one(queue, worker="busy", held=1)).id == other
+    assert (await claim_one(queue, worker="busy", held=held)).id == other
     more = await submit(queue)
     claims, _ = await queue.claim("idle", 4, LEASE, "t")
     assert [claim.id for claim in claims] == [suspect]
-    assert (await claim_one(queue, worker="busy", held=1)).id == more
+    assert (await claim_one(queue, worker="busy", held=held)).id == more
 
 
-async def test_a_busy_worker_becomes_idle_for_a_suspect_that_waits(queue: JobQueue, redis: ArqRedis) -> None:
-    """Where no worker is ever idle, one of them stops taking jobs until it is; the others go on."""
-    suspect = await submit(queue)
-    await lose(queue)
+async def test_a_suspect_does_not_wait_for_long(queue: JobQueue, redis: ArqRedis) -> None:
+    """Where no worker is idle it goes beside other jobs, one to a worker; a busy worker knows when to look again."""
+    held = [await submit(queue) and await claim_one(queue, worker="busy")]
+    suspects = [await submit(queue) for _ in range(2)]
+    claims, _ = await queue.claim("w1", 2, GONE, "both")
+    await asyncio.sleep(0.005)
     await queue.sweep()
-    await redis.zincrby(f"{queue.prefix}suspects:default", -10_000, suspect)
-    more = await submit(queue)
-    claims, due = await queue.claim("busy", 1, LEASE, "t1", held=1)
+    claims, due = await queue.claim("busy", 4, LEASE, "too soon", held=held)
     assert claims == []
-    assert due == 0.2
-    assert (await claim_one(queue, worker="other", held=1)).id == more
-    assert (await claim_one(queue, worker="busy", held=0)).id == suspect
+    assert due is not None
+    assert 0 < due <= 1
+    for job_id in suspects:
+        await redis.zincrby(f"{queue.prefix}suspects:default", -1000, job_id)
+    claims, _ = await queue.claim("busy", 4, LEASE, "one", held=held)
+    assert len(claims) == 1
+    claims += (await queue.claim("busy", 3, LEASE, "no more", held=[*held, *claims]))[0]
+    assert len(claims) == 1
+    claims += (await queue.claim("other", 1, LEASE, "the other", held=held))[0]
+    assert sorted(claim.id for claim in claims) == sorted(suspects)
 
 
 async def test_a_refused_outcome_is_in_the_history(queue: JobQueue) -> None:
