@@ -12,7 +12,7 @@ import msgspec
 from img2img.jobs import JobState, Outcome
 from tests.chaos.load import Cancel, Record
 from tests.chaos.orders import CANCELED, NEVER_SUCCEEDS, Errand
-from tests.chaos.profile import Profile
+from tests.chaos.intensity import Profile
 from tests.chaos.store import Snapshot, Stored
 
 AFTER: Final = {

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from tests.chaos.fleet import Fleet, Member
-from tests.chaos.profile import Profile
+from tests.chaos.intensity import Profile
 
 
 class Kind(StrEnum):

@@ -19,7 +19,7 @@ import msgspec
 from img2img.children import ChildProcess, describe_exit
 from img2img.embedded import EmbeddedValkey
 from tests.calls import write_tenants
-from tests.chaos.profile import Profile
+from tests.chaos.intensity import Profile
 from tests.proxy import Proxy
 
 ACCOUNTS: Final = ("amber", "beryl", "coral")

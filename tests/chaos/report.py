@@ -8,7 +8,7 @@ import msgspec
 
 from tests.chaos.checker import Violation
 from tests.chaos.faults import Done, Fault
-from tests.chaos.profile import Profile
+from tests.chaos.intensity import Profile
 from tests.chaos.restarts import Crash
 from tests.chaos.store import Stored
 

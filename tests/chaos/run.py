@@ -26,7 +26,7 @@ from tests.chaos.faults import Injector, schedule
 from tests.chaos.fleet import Fleet
 from tests.chaos.load import Load
 from tests.chaos.pictures import check_pictures
-from tests.chaos.profile import Profile, quick
+from tests.chaos.intensity import Profile, quick
 from tests.chaos.report import describe
 from tests.chaos.restarts import LIMIT, Crash, Restart, find_crashes, measure_restarts
 from tests.chaos.store import Snapshot, read_snapshot, wait_until_idle

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.profile import quick
+from tests.chaos.intensity import quick
 from tests.chaos.run import run
 
 
