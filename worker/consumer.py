@@ -7,6 +7,7 @@ runner's decision is written. arq's polling, tries, time limits, signals and res
 import asyncio
 import math
 import random
+from collections.abc import Coroutine
 from typing import Any, Final
 
 import msgspec
@@ -59,6 +60,7 @@ class Consumer(Worker):
         self._finisher = Finisher(queue)
         self._heart = Heart(queue.name, info, settings, self._stop_jobs)
         self._draining = asyncio.Event()
+        self._wait: asyncio.Task[object] | None = None
         self._slot_freed = asyncio.Event()
         # When draining began, and when what still ran was interrupted (the loop's clock).
         self._drained_at = self._interrupted_at = math.inf
@@ -88,6 +90,8 @@ class Consumer(Worker):
         if not self._draining.is_set():
             self._drained_at = self.loop.time()
             self._draining.set()
+            if self._wait is not None:
+                self._wait.cancel()
 
     def stop_beating(self) -> None:
         """Let the leases run out, so that the jobs run elsewhere; from any thread."""
@@ -122,16 +126,18 @@ class Consumer(Worker):
             return 0
         return self._info.slots - len(self._held)
 
-    async def _until(self, waiting: Any) -> None:
+    async def _until(self, waiting: Coroutine[Any, Any, object]) -> None:
         """Wait for something, but not beyond the start of draining."""
-        drained = asyncio.ensure_future(self._draining.wait())
-        waiter = asyncio.ensure_future(waiting)
-        done, pending = await asyncio.wait({drained, waiter}, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        if waiter in done:
-            waiter.result()
+        self._wait = asyncio.create_task(waiting, name="wait")
+        if self._draining.is_set():
+            self._wait.cancel()
+        try:
+            await self._wait
+        except asyncio.CancelledError:
+            if not self._draining.is_set() or (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+        finally:
+            self._wait.cancel()
 
     def _start(self, claim: Claim) -> None:
         arq_id = "{" + claim.id.replace("-", "}-", 1)

@@ -137,7 +137,7 @@ async def test_killed_connections_cost_nothing(queue: JobQueue, admin: TimedRedi
 
     async def work() -> None:
         while len(ran) < COUNT:
-            claims, _ = await queue.claim("w1", 5, LEASE, token=queue.new_id(), engine="fake/fake", held=0)
+            claims, _ = await queue.claim("w1", 5, LEASE, token=queue.new_id(), engine="fake/fake")
             for claim in claims:
                 await queue.finish(claim, SUCCEEDED)
                 ran.append(claim.id)
