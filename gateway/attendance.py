@@ -71,13 +71,17 @@ async def waiting(queue: JobQueue, job_id: str, grace: float) -> AsyncIterator[t
 
 
 async def _renew(queue: JobQueue, waiter: Waiter, attended: list[str]) -> None:
+    """Every third of its time; a try that fails or hangs leaves room for others before that is up."""
+    pause = WAITER_TTL / 3
     while True:
-        await asyncio.sleep(WAITER_TTL / 3)
+        await asyncio.sleep(pause)
+        pause = WAITER_TTL / 3
         for job_id in attended:
             try:
-                await queue.wait_for(job_id, waiter)
-            except Img2ImgError:
-                continue
+                async with asyncio.timeout(WAITER_TTL / 6):
+                    await queue.wait_for(job_id, waiter)
+            except (Img2ImgError, TimeoutError):
+                pause = WAITER_TTL / 18
 
 
 async def _leave(queue: JobQueue, waiter: Waiter, attended: list[str]) -> None:

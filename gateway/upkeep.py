@@ -8,7 +8,7 @@ import structlog
 
 from img2img.blobs import BlobStore
 from img2img.errors import Unavailable
-from img2img.queue import JobQueue
+from img2img.queue import Discard, JobQueue
 from img2img.server import milliseconds
 
 LONGEST_PAUSE: Final = 1.0
@@ -23,8 +23,7 @@ async def run_upkeep(queue: JobQueue, blobs: BlobStore, input_retention: float) 
         pause = LONGEST_PAUSE
         try:
             discarded, due = await queue.sweep()
-            for key, kept in discarded.items():
-                await _discard(blobs, key, max(kept, input_retention))
+            await asyncio.gather(*(_follow(queue, blobs, discard, input_retention) for discard in discarded))
             removed = await blobs.sweep()
             if discarded or removed:
                 pause = SHORTEST_PAUSE
@@ -35,8 +34,10 @@ async def run_upkeep(queue: JobQueue, blobs: BlobStore, input_retention: float) 
         await asyncio.sleep(pause)
 
 
-async def _discard(blobs: BlobStore, key: str, retention: float) -> None:
+async def _follow(queue: JobQueue, blobs: BlobStore, discard: Discard, input_retention: float) -> None:
+    retention = max(discard.kept, input_retention)
     if retention <= 0:
-        await blobs.delete(key)
+        await blobs.delete(discard.key)
     else:
-        await blobs.expire(key, int(time.time() * 1000) + milliseconds(retention))
+        await blobs.expire(discard.key, int(time.time() * 1000) + milliseconds(retention))
+    await queue.discarded(discard)

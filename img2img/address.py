@@ -6,18 +6,19 @@ No message repeats any part of a URL: it may hold a password, or be one that was
 import asyncio
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final, NoReturn, Self
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from redis.asyncio.connection import Connection, SSLConnection, parse_url
 from redis.asyncio.sentinel import Sentinel
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError, RedisError
 
 from img2img.errors import ConfigurationError
 
 SENTINEL_PORT: Final = 26379
 SENTINEL_TIMEOUT: Final = 1.0
-"""How long one sentinel may take to answer before the next one is asked (seconds)."""
+"""How long a sentinel may take to answer (seconds)."""
 SCHEMES: Final = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 TLS_OPTIONS: Final = frozenset(
     {"ssl_ca_certs", "ssl_ca_data", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname", "ssl_ciphers"}
@@ -37,27 +38,36 @@ class Sentinels:
 
     def __init__(self, addresses: list[tuple[str, int]], master: str, options: Mapping[str, Any]) -> None:
         timeouts = {"socket_timeout": SENTINEL_TIMEOUT, "socket_connect_timeout": SENTINEL_TIMEOUT}
-        self._sentinel = Sentinel(addresses, sentinel_kwargs={**options, **timeouts})  # type: ignore[no-untyped-call]
+        every = {**options, **timeouts}
+        self._sentinels = [Sentinel([address], sentinel_kwargs=every) for address in addresses]  # type: ignore[no-untyped-call]
         self._master = master
-        self._lock = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for client in self._sentinel.sentinels:
-            await client.aclose()
+        for sentinel in self._sentinels:
+            for client in sentinel.sentinels:
+                await client.aclose()
 
     async def find_master(self) -> tuple[str, int]:
-        """The master's host and port.
+        """The master's host and port, from the first sentinel that answers.
 
         Raises:
             redis.exceptions.ConnectionError: no sentinel answers, or none knows a master that is up.
         """
-        # redis-py reorders its list of sentinels while it goes through it: two at once would lose one.
-        async with self._lock:
-            found: tuple[str, int] = await self._sentinel.discover_master(self._master)
-        return found
+        # All at once: one after another, silent ones first, would take longer than a worker's heart has time for.
+        asked = [asyncio.create_task(sentinel.discover_master(self._master)) for sentinel in self._sentinels]
+        try:
+            for answer in asyncio.as_completed(asked):
+                with suppress(RedisError, OSError):
+                    found: tuple[str, int] = await answer
+                    return found
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        raise ConnectionError(f"No sentinel knows a master {self._master!r} that is up")
 
 
 class MasterConnection(Connection):

@@ -22,7 +22,9 @@ from img2img.errors import (
     JobNotFound,
     LeaseLost,
     NoCapacity,
+    NotReplayable,
     QueueFull,
+    Unavailable,
 )
 from img2img.jobs import Failure, Job, JobSpec, JobState, Outcome, Running, StopReason
 from img2img.records import JOB_FIELDS, read_job, work_of
@@ -34,6 +36,7 @@ SCRIPTS: Final = (
     "sign_off", "stats",
 )  # fmt: skip
 LIST_SCAN: Final = 500
+UNREADABLE_DELAY: Final = 10.0
 
 
 class Join(msgspec.Struct, frozen=True):
@@ -105,6 +108,14 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     model: str
     device: str
     native_pixels: int = 0
+
+
+class Discard(msgspec.Struct, frozen=True):
+    """An input blob that no job needs any more, but maybe for a replay within ``kept`` seconds."""
+
+    word: str
+    key: str
+    kept: float
 
 
 class QueueStats(msgspec.Struct, frozen=True):
@@ -267,7 +278,18 @@ class JobQueue:
         """
         suspects = sum(claim.suspect for claim in held)
         due, *claims = await self._run("claim", worker, engine, count, len(held), suspects, milliseconds(lease), token)
-        return [_claim(raw) for raw in claims], None if due < 0 else due / 1000
+        readable = [claim for raw in claims if (claim := await self._readable(raw))]
+        return readable, None if due < 0 else due / 1000
+
+    async def _readable(self, raw: Sequence[Any]) -> Claim | None:
+        """The claim; a job that this release cannot read goes back, for a newer worker to take."""
+        try:
+            return _claim(raw)
+        except msgspec.MsgspecError as exc:
+            why = f"A worker of another release cannot read the job: {exc}"
+            delay = milliseconds(UNREADABLE_DELAY)
+            await self._run("release", raw[0], raw[1], "failures", delay, "internal", why)
+            return None
 
     async def beat(
         self, worker: WorkerInfo, claims: Sequence[Claim], *, lease: float, ttl: float
@@ -308,14 +330,19 @@ class JobQueue:
         Raises:
             LeaseLost: somebody else holds the job now; nothing was written.
         """
-        [done] = await self.finish_all([(claim, outcome)])
+        [done] = await self.finish_all([(claim, outcome.state, msgspec.json.encode(outcome))])
+        if isinstance(done, Unavailable):
+            raise done
         if not done:
             raise LeaseLost(f"Job {claim.id} is no longer held under fence {claim.fence}")
 
-    async def finish_all(self, ended: Sequence[tuple[Claim, Outcome]]) -> list[bool]:
-        """End jobs, each by itself, in one trip; false for those that somebody else holds now. Safe to repeat."""
-        calls = [(claim.id, claim.fence, outcome.state.value, msgspec.json.encode(outcome)) for claim, outcome in ended]
-        return [bool(done) for done in await self._run_all("finish", calls)]
+    async def finish_all(self, ended: Sequence[tuple[Claim, JobState, bytes]]) -> list[bool | Unavailable]:
+        """End jobs, each by itself, in one trip; the bytes are the outcomes in JSON. Safe to repeat.
+
+        Answers for each whether it was written, false when somebody else holds it now, or why nobody knows.
+        """
+        answers = await self._run_all("finish", [(claim.id, claim.fence, *outcome) for claim, *outcome in ended])
+        return [_unavailable(done) if isinstance(done, Exception) else bool(done) for done in answers]
 
     async def release(
         self, claim: Claim, why: Failure, kind: Literal["failures", "interruptions"], *, delay: float = 0.0
@@ -346,10 +373,13 @@ class JobQueue:
 
         Raises:
             JobNotFound: there is none.
+            NotReplayable: its input is being deleted at this moment.
         """
         state = await self._run("replay", job_id, milliseconds(lifetime))
         if state is None:
             raise JobNotFound(job_id)
+        if state == b"discarding":
+            raise NotReplayable("The job's input picture is being deleted: send the request anew")
         return JobState(state.decode())
 
     async def wait_for(self, job_id: str, waiter: Waiter) -> None:
@@ -360,12 +390,15 @@ class JobQueue:
         """A waiter goes; the last one starts the grace period."""
         await self._run("leave", job_id, waiter.id, waiter.grace)
 
-    async def sweep(self) -> tuple[dict[str, float], float | None]:
-        """End what is overdue; answers which input blobs may go, each with the seconds that it must still be kept
-        for, and in how many seconds there is more to do."""
-        due, *discarded = await self._run("sweep")
-        parts = (entry.decode().partition(" ") for entry in discarded)
-        return {key: int(kept) / 1000 for kept, _, key in parts}, None if due < 0 else due / 1000
+    async def sweep(self) -> tuple[list[Discard], float | None]:
+        """End what is overdue; answers which input blobs may go, and in how many seconds there is more to do."""
+        due, *words = await self._run("sweep")
+        return [_discard(word.decode()) for word in words], None if due < 0 else due / 1000
+
+    async def discarded(self, discard: Discard) -> None:
+        """It has been done; until then it is told again."""
+        with translated():
+            await self.redis.zrem(f"{self.prefix}discarding", discard.word)
 
     async def stats(self) -> QueueStats:
         """How much waits and runs, and which workers take jobs (one that drains takes none)."""
@@ -389,17 +422,17 @@ class JobQueue:
         return f"{self.prefix}control:{worker}"
 
     async def _run_all(self, script: str, calls: Sequence[Sequence[Any]]) -> list[Any]:
-        """One script for several sets of arguments, in one trip. It must be safe to repeat."""
+        """One script for several sets of arguments, in one trip; an error of one is its answer. Safe to repeat only."""
         known = self._scripts[script]
         with translated():
             while True:
                 async with self.redis.pipeline(transaction=False) as pipe:
                     for arguments in calls:
                         pipe.evalsha(known.sha, 1, self.prefix, self.name, *arguments)
-                    try:
-                        return await pipe.execute()
-                    except NoScriptError:
-                        await self.redis.script_load(known.script)
+                    answers: list[Any] = await pipe.execute(raise_on_error=False)
+                if not any(isinstance(answer, NoScriptError) for answer in answers):
+                    return answers
+                await self.redis.script_load(known.script)
 
     async def _run(self, script: str, *arguments: Any) -> Any:
         with translated():
@@ -416,6 +449,15 @@ def _claim(raw: Sequence[Any]) -> Claim:
     return Claim(
         job_id.decode(), fence, attempt, decoded, int(created), int(expires), now, bool(suspect), int(failures)
     )
+
+
+def _discard(word: str) -> Discard:
+    kept, _, key = word.partition(" ")
+    return Discard(word, key, int(kept) / 1000)
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    return Unavailable(f"The queue server did not carry it out ({error}): try again")
 
 
 def _congested(why: str, pause: float, eta: float | None) -> Congested:

@@ -199,7 +199,7 @@ class Consumer(Worker):
         log.error("finish_given_up", job=claim.id, fence=claim.fence)
 
     async def finish_failed_job(self, job_id: str, result_data: bytes | None) -> None:
-        """arq could not even start it (payload gone or broken): give the claim back, as a failure."""
+        """Where arq could not start a job: give the claim back, as a failure."""
         await self.finish_job(job_id)
 
     async def _write(self, claim: Claim, decision: Decision) -> None:

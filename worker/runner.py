@@ -326,7 +326,8 @@ class JobRunner:
         )
 
     def _decide(self, attempt: Attempt, error: Img2ImgError) -> Decision:
-        failure = Failure(error.code, str(error))
+        # What a library says may hold what no JSON can.
+        failure = Failure(error.code, str(error).encode("utf-8", "replace").decode())
         match error:
             case LeaseLost():
                 return Lost()

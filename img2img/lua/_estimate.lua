@@ -44,19 +44,30 @@ local function work_before(queue, totals, measures, account, ahead)
   end
   local seconds, jobs, weight = backlog(account)
   local work, position = jobs > 0 and seconds * ahead / jobs or 0, ahead
-  local tag = tonumber(redis.call('ZSCORE', queue.tenants, account) or entry_tag(queue, account, totals.clock))
+  local tag = tonumber(redis.call('ZSCORE', queue.tenants, account) 
+    or entry_tag(queue, account, math.max(totals.clock or 0, totals.entry or 0)))
   local own_tag = tag + work / weight
   local others = redis.call(
-    'ZRANGE', queue.tenants, '-inf', decimal(own_tag), 'BYSCORE', 'LIMIT', 0, MAX_TENANTS_SEEN, 'WITHSCORES')
+    'ZRANGE', queue.tenants, '-inf', exact(own_tag), 'BYSCORE', 'LIMIT', 0, MAX_TENANTS_SEEN, 'WITHSCORES')
+  local before, jobs_before, tenants_before = 0, 0, 0
   for i = 1, #others, 2 do
     if others[i] ~= account then
       seconds, jobs, weight = backlog(others[i])
-      local share = math.min(seconds, (own_tag - tonumber(others[i + 1])) * weight)
-      work = work + share
-      position = position + (seconds > 0 and math.ceil(jobs * share / seconds) or 0)
+      -- It starts whole jobs until its tag is beyond ours, one at least.
+      local fluid = seconds > 0 and jobs * (own_tag - tonumber(others[i + 1])) * weight / seconds or 0
+      local started = math.min(jobs, math.max(1, math.ceil(fluid)))
+      before = before + (jobs > 0 and seconds * started / jobs or 0)
+      jobs_before = jobs_before + started
+      tenants_before = tenants_before + 1
     end
   end
-  return work, position
+  -- Of very many only the first were looked at; the others are taken to be like them.
+  local scale = 1
+  if #others == 2 * MAX_TENANTS_SEEN then
+    local all = redis.call('ZCOUNT', queue.tenants, '-inf', exact(own_tag))
+    scale = math.max(1, all / math.max(tenants_before, 1))
+  end
+  return work + scale * before, position + math.floor(scale * jobs_before + 0.5)
 end
 
 -- Seconds until an account's job has a slot, with so much work and so many jobs before it; nil when nobody works.

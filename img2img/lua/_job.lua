@@ -51,12 +51,13 @@ local function discard_inputs(inputs, kept)
   if inputs then redis.call('RPUSH', DISCARD, int(kept) .. ' ' .. inputs) end
 end
 
--- Takes that word back, if upkeep has not followed it yet.
+-- Takes that word back; false when somebody is following it already, so that the input may go at any moment.
 local function keep_inputs(id)
   local job = redis.call('HMGET', job_key(id), 'inputs', 'keep')
-  for _, kept in ipairs({ '0', job[2] }) do
-    if job[1] then redis.call('LREM', DISCARD, 0, kept .. ' ' .. job[1]) end
-  end
+  if not job[1] then return true end
+  if redis.call('ZSCORE', DISCARDING, '0 ' .. job[1]) then return false end
+  for _, kept in ipairs({ '0', job[2] }) do redis.call('LREM', DISCARD, 0, kept .. ' ' .. job[1]) end
+  return true
 end
 
 -- The only way into a terminal state: record, terminal event, arq's result and every index in one go.
@@ -72,7 +73,7 @@ local function finalize(id, state, outcome)
     s = state == 'succeeded', r = outcome, st = tonumber(job[4] or NOW), ft = NOW, q = queue.alive, id = arq,
   })
   redis.call('SET', 'arq:result:' .. arq, result, 'PX', keep)
-  redis.call('DEL', 'arq:job:' .. arq, 'arq:in-progress:' .. arq, 'arq:retry:' .. arq, P .. 'waiters:' .. id)
+  redis.call('DEL', 'arq:job:' .. arq, 'arq:in-progress:' .. arq, P .. 'waiters:' .. id)
   redis.call('ZREM', queue.alive, arq)
   redis.call('ZREM', queue.abandon, id)
   if job[8] == 'running' then

@@ -4,7 +4,7 @@
 -- Only the server's clock counts: TIME is read here, never sent by a client. Times are milliseconds since 1970.
 
 local P = KEYS[1]
-local DISCARD = P .. 'discard'
+local DISCARD, DISCARDING = P .. 'discard', P .. 'discarding'
 local WAKE_CAP = 512
 
 local TIME = redis.call('TIME')
@@ -36,6 +36,8 @@ local function tenant_of(queue, account) return queue.tenant .. ':' .. account e
 local function int(number) return string.format('%.0f', number) end
 
 local function decimal(number) return string.format('%.12g', number) end
+
+local function exact(number) return string.format('%.17g', number) end
 
 local function number_of(key, name) return tonumber(redis.call('HGET', key, name) or 0) end
 

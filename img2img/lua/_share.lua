@@ -4,6 +4,9 @@
 -- of the queue's clock in `rested`, so that leaving and coming back gains nothing.
 -- What waits is summed up in units (steps times relative area, in thousandths), which stay true when estimates change.
 
+-- Seconds of virtual time between two tenants that come at once.
+local ENTRY_STEP = 1e-6
+
 -- The tag with which a tenant that has no ready job would come back.
 local function entry_tag(queue, account, clock)
   return math.max(clock or 0, tonumber(redis.call('ZSCORE', queue.rested, account) or 0))
@@ -14,8 +17,11 @@ local function enter_ready(queue, id, job)
   redis.call('HINCRBY', tenant_of(queue, job.account), 'units', job.units)
   redis.call('HINCRBY', queue.totals, 'units', job.units)
   if not redis.call('ZSCORE', queue.tenants, job.account) then
-    local tag = entry_tag(queue, job.account, number_of(queue.totals, 'clock'))
-    redis.call('ZADD', queue.tenants, decimal(tag), job.account)
+    local totals = redis.call('HMGET', queue.totals, 'clock', 'entry')
+    -- Those who come at the same virtual time keep the order in which they came.
+    local entry = math.max(tonumber(totals[1] or 0), tonumber(totals[2] or 0)) + ENTRY_STEP
+    redis.call('HSET', queue.totals, 'entry', exact(entry))
+    redis.call('ZADD', queue.tenants, exact(entry_tag(queue, job.account, entry)), job.account)
     redis.call('ZREM', queue.rested, job.account)
   end
 end
@@ -72,7 +78,7 @@ local function next_ready(queue, engine)
       local seconds = service_seconds(measures_of(queue, engine, v[3]), tonumber(v[4]), tonumber(v[5]))
       redis.call('HSET', queue.totals, 'clock', first[2])
       redis.call('ZREMRANGEBYSCORE', queue.rested, '-inf', first[2])
-      redis.call('ZINCRBY', queue.tenants, decimal(seconds / tonumber(v[2])), account)
+      redis.call('ZINCRBY', queue.tenants, exact(seconds / tonumber(v[2])), account)
       left_ready(queue, account, v[1])
       return id, { account = account, ms = int(1000 * seconds), expires = v[6], attempt = v[7], spec = v[8], created = v[9],
         failures = v[10] }

@@ -10,7 +10,8 @@ local function due(index, limit, until_)
   return redis.call('ZRANGEBYSCORE', index, '-inf', int(until_ or NOW), 'LIMIT', 0, limit)
 end
 
-local function lost_leases()
+-- Up to when what was not renewed counts as given up.
+local function given_up_until()
   local stall = redis.call('HMGET', OWN.stall, 'last', 'from', 'to')
   local last, from, to = stall[1] or NOW, tonumber(stall[2] or 0), tonumber(stall[3] or 0)
   redis.call('HSET', OWN.stall, 'last', int(NOW))
@@ -18,7 +19,7 @@ local function lost_leases()
     from, to = tonumber(last), NOW
     redis.call('HSET', OWN.stall, 'from', int(from), 'to', int(to))
   end
-  return due(OWN.leases, 20, NOW < to + STALL_GRACE and from or NOW)
+  return NOW < to + STALL_GRACE and from or NOW
 end
 
 local function set_slots(worker, slots)
@@ -36,7 +37,8 @@ local function forget_worker(worker)
 end
 
 local function sweep()
-  for _, id in ipairs(lost_leases()) do
+  local until_ = given_up_until()
+  for _, id in ipairs(due(OWN.leases, 20, until_)) do
     if exists(id) then
       retry_or_end(id, 'crashes', 0, 'worker_lost', 'The worker died or lost its connection in mid-job')
     end
@@ -50,7 +52,7 @@ local function sweep()
   for _, id in ipairs(due(OWN.expiry, 50)) do
     if exists(id) then expire(id, 'could start') end
   end
-  for _, id in ipairs(due(OWN.abandon, 50)) do
+  for _, id in ipairs(due(OWN.abandon, 50, until_)) do
     redis.call('ZREM', OWN.abandon, id)
     if exists(id) then request_stop(id, 'disconnect') end
   end

@@ -9,6 +9,8 @@ local lease, token = ARGV[7], ARGV[8]
 local PATIENCE = 1000
 -- A worker that has its hands full leaves upkeep to others if it was done this short a time ago.
 local SWEEP_EVERY = 20
+-- Longer than a server may be away: until then a worker asks again with its token.
+local ANSWER_KEPT = 60000
 local last = P .. 'claimed:' .. worker
 
 -- What is answered again for a job that this worker still holds.
@@ -16,12 +18,21 @@ local function claim_of(id)
   local v = redis.call('HMGET', job_key(id), 'fence', 'attempt', 'spec', 'created', 'expires', 'crashes', 'worker', 'state',
     'failures')
   if v[7] ~= worker or v[8] ~= 'running' then return nil end
+  redis.call('ZADD', OWN.leases, 'XX', int(NOW + lease), id)
+  redis.call('PEXPIRE', 'arq:in-progress:' .. arq_id(id), lease)
   return { id, tonumber(v[1]), tonumber(v[2]), v[3], v[4], v[5], NOW, v[6] and 1 or 0, v[9] or '0' }
 end
 
+-- Never again the same, even after a failover to a server that has not seen the latest ones: they follow the clock.
+local function next_fence()
+  local fence = int(math.max(tonumber(redis.call('GET', P .. 'fence') or 0) + 1, NOW * 1000))
+  redis.call('SET', P .. 'fence', fence)
+  return tonumber(fence)
+end
+
 local function take(id, job, suspect)
-  local attempt, fence = tonumber(job.attempt) + 1, redis.call('INCR', P .. 'fence')
-  redis.call('HSET', job_key(id), 'state', 'running', 'attempt', attempt, 'fence', fence, 'worker', worker,
+  local attempt, fence = tonumber(job.attempt) + 1, next_fence()
+  redis.call('HSET', job_key(id), 'state', 'running', 'attempt', attempt, 'fence', int(fence), 'worker', worker,
     'engine', engine, 'started', int(NOW), 'ms', job.ms)
   leave_queued(OWN, id, job.account)
   enter_running(OWN, id, lease, job.ms)
@@ -30,16 +41,22 @@ local function take(id, job, suspect)
   return { id, fence, attempt, job.spec, job.created, job.expires, NOW, suspect, job.failures or '0' }
 end
 
+local MAX_EXPIRED = 50
+
+-- Returns whether it stopped before the queue was empty, because so many had expired.
 local function take_ready(claims)
-  while #claims < count do
+  local expired = 0
+  while #claims < count and expired < MAX_EXPIRED do
     local id, job = next_ready(OWN, engine)
     if not id then break end
     if NOW >= tonumber(job.expires) then
       expire(id, 'could start')
+      expired = expired + 1
     else
       claims[#claims + 1] = take(id, job, 0)
     end
   end
+  return expired >= MAX_EXPIRED
 end
 
 local function take_suspect(id)
@@ -78,7 +95,8 @@ if redis.call('EXISTS', OWN.tenants) == 0 or NOW - (redis.call('HGET', OWN.stall
   sweep()
 end
 local claims = {}
-if not isolate(claims) then take_ready(claims) end
+local more = not isolate(claims) and take_ready(claims)
+if #claims == 0 and more then return { 0 } end
 if #claims == 0 then
   -- Nothing is ready, so that whatever tokens there are belong to jobs that others took.
   if redis.call('EXISTS', OWN.suspects) == 0 then redis.call('DEL', OWN.wake) end
@@ -86,5 +104,5 @@ if #claims == 0 then
 end
 local ids = {}
 for i, claim in ipairs(claims) do ids[i] = claim[1] end
-redis.call('SET', last, token .. ' ' .. table.concat(ids, ' '), 'PX', lease)
+redis.call('SET', last, token .. ' ' .. table.concat(ids, ' '), 'PX', ANSWER_KEPT)
 return { -1, unpack(claims) }

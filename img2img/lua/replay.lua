@@ -1,14 +1,15 @@
 -- Runs an ended job again under its id, as if it had just been submitted; its log and its history go on.
 -- ARGV: queue, id, lifetime ms
--- Returns its state before, or nil when there is none; only a failed, canceled or expired one is queued anew.
+-- Returns its state before, 'discarding' when its input is being deleted, or nil when there is none; only a failed, canceled or expired one is queued anew.
 local id, lifetime = ARGV[2], tonumber(ARGV[3])
 local key, arq = job_key(id), arq_id(id)
 local state = field(id, 'state')
 if state ~= 'failed' and state ~= 'canceled' and state ~= 'expired' then return state end
+if not keep_inputs(id) then return 'discarding' end
 local ttl = int(lifetime + field(id, 'keep'))
 redis.call('HDEL', key, 'outcome', 'finished', 'started', 'stop', 'running', 'worker', 'fence', 'quarantined', 'expected',
   'failures', 'crashes', 'interruptions')
-redis.call('HSET', key, 'state', 'queued', 'expires', int(NOW + lifetime), 'score', int(NOW), 'since', int(NOW))
+redis.call('HSET', key, 'state', 'queued', 'expires', int(NOW + lifetime), 'score', int(NOW - field(id, 'boost')), 'since', int(NOW))
 local replays = redis.call('HINCRBY', key, 'replays', 1)
 local job, queue = placing_of(id)
 redis.call('PEXPIRE', key, ttl)
@@ -17,6 +18,5 @@ redis.call('DEL', 'arq:result:' .. arq)
 redis.call('SET', 'arq:job:' .. arq, arq_payload(id), 'PX', ttl)
 redis.call('ZADD', queue.alive, int(NOW), arq)
 redis.call('ZREM', queue.quarantine, id)
-keep_inputs(id)
 enqueue(queue, id, job, NOW, '{"replays":' .. replays .. '}')
 return state

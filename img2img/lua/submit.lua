@@ -70,14 +70,14 @@ local function refusal(expected)
 end
 
 local function is_busy()
-  return (totals.slots or 0) - queued - redis.call('ZCARD', OWN.leases) <= 0
+  return (totals.slots or 0) - (queued - redis.call('ZCARD', OWN.delayed)) - redis.call('ZCARD', OWN.leases) <= 0
 end
 
 local function record(expected)
   local job = { account = account, score = score, units = int(1000 * order.steps * area), expires = int(expires),
     weight = decimal(order.weight) }
   local fields = { 'spec', spec, 'account', account, 'queue', OWN.name, 'state', 'queued', 'created', int(NOW),
-    'since', int(since), 'expires', job.expires, 'score', score, 'keep', order.keep, 'attempt', '0',
+    'since', int(since), 'expires', job.expires, 'score', score, 'boost', order.boost, 'keep', order.keep, 'attempt', '0',
     'max_failures', order.max_failures, 'max_crashes', order.max_crashes, 'size', order.size, 'steps', order.steps,
     'area', decimal(area), 'units', job.units, 'weight', job.weight }
   local function add(name, value)

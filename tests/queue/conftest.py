@@ -23,7 +23,11 @@ async def redis(valkey_url: str) -> AsyncIterator[ArqRedis]:
         yield connection
         for key in await connection.keys("*"):
             name = key.partition(b"}:")[2]
-            if key.startswith(b"arq:queue:") or name in (b"fence", b"discard") or name.startswith(INDEXES):
+            if (
+                key.startswith(b"arq:queue:")
+                or name in (b"fence", b"discard", b"discarding")
+                or name.startswith(INDEXES)
+            ):
                 continue
             assert await connection.pttl(key) > 0, f"{key!r} never expires"
 

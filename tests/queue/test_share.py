@@ -76,6 +76,23 @@ async def test_a_tenant_that_was_away_does_not_catch_up(queue: JobQueue) -> None
     assert (await claimed_accounts(queue, 10)).count("late") in (5, 6)
 
 
+async def test_tenants_that_come_together_keep_their_order(queue: JobQueue) -> None:
+    """Nobody is behind later ones for the name of its account, and each is told how many are before it."""
+    names = ["zoe", "mia", "ann", "yan", "bob"]
+    ids = [await submit(queue, account=name) for name in names]
+    assert [(await queue.get(job_id)).queue_position for job_id in ids] == [0, 1, 2, 3, 4]
+    assert await claimed_accounts(queue, 3) == names[:3]
+    await submit(queue, account="aaa")
+    assert await claimed_accounts(queue, 3) == ["yan", "bob", "aaa"]
+
+
+async def test_the_position_behind_very_many_tenants(queue: JobQueue) -> None:
+    for number in range(250):
+        await submit(queue, account=f"tenant-{number}")
+    job = await queue.get(await submit(queue, account="last"))
+    assert job.queue_position == 250
+
+
 async def test_priority_counts_within_a_tenant(queue: JobQueue) -> None:
     """A high priority is no way past other tenants."""
     await submit(queue, account="one")
@@ -116,6 +133,6 @@ async def test_sums_return_to_nothing(queue: JobQueue, redis: ArqRedis) -> None:
         for job in (await queue.list_jobs(account)).jobs:
             await queue.cancel(job.id)
     totals = await redis.hgetall(f"{queue.prefix}totals:default")
-    assert set(totals) <= {b"clock", b"engine"}
+    assert set(totals) <= {b"clock", b"engine", b"entry"}
     for index in ("tenants", "ready", "tenant"):
         assert await redis.keys(f"{queue.prefix}{index}:*") == []
