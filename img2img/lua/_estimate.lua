@@ -44,8 +44,8 @@ local function work_before(queue, totals, measures, account, ahead)
   end
   local seconds, jobs, weight = backlog(account)
   local work, position = jobs > 0 and seconds * ahead / jobs or 0, ahead
-  local tag = tonumber(redis.call('ZSCORE', queue.tenants, account) 
-    or entry_tag(queue, account, math.max(totals.clock or 0, totals.entry or 0)))
+  local own = redis.call('ZSCORE', queue.tenants, account)
+  local tag = tonumber(own or entry_tag(queue, account, math.max(totals.clock or 0, totals.entry or 0)))
   local own_tag = tag + work / weight
   local others = redis.call(
     'ZRANGE', queue.tenants, '-inf', exact(own_tag), 'BYSCORE', 'LIMIT', 0, MAX_TENANTS_SEEN, 'WITHSCORES')
@@ -65,7 +65,7 @@ local function work_before(queue, totals, measures, account, ahead)
   local scale = 1
   if #others == 2 * MAX_TENANTS_SEEN then
     local all = redis.call('ZCOUNT', queue.tenants, '-inf', exact(own_tag))
-    scale = math.max(1, all / math.max(tenants_before, 1))
+    scale = (all - (own and 1 or 0)) / math.max(tenants_before, 1)
   end
   return work + scale * before, position + math.floor(scale * jobs_before + 0.5)
 end
