@@ -10,9 +10,9 @@ from typing import Final
 import msgspec
 
 from img2img.jobs import JobState, Outcome
+from tests.chaos.intensity import Profile
 from tests.chaos.load import Cancel, Record
 from tests.chaos.orders import CANCELED, NEVER_SUCCEEDS, Errand
-from tests.chaos.intensity import Profile
 from tests.chaos.store import Snapshot, Stored
 
 AFTER: Final = {

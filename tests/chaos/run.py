@@ -24,9 +24,9 @@ from redis.asyncio import Redis
 from tests.chaos.checker import Violation, check_job, check_records, check_store, check_watched
 from tests.chaos.faults import Injector, schedule
 from tests.chaos.fleet import Fleet
+from tests.chaos.intensity import Profile, quick
 from tests.chaos.load import Load
 from tests.chaos.pictures import check_pictures
-from tests.chaos.intensity import Profile, quick
 from tests.chaos.report import describe
 from tests.chaos.restarts import LIMIT, Crash, Restart, find_crashes, measure_restarts
 from tests.chaos.store import Snapshot, read_snapshot, wait_until_idle

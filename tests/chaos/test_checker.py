@@ -8,9 +8,9 @@ import pytest
 
 from img2img.jobs import JobEvent, JobState, Outcome, Result
 from tests.chaos.checker import check_job, check_records, check_watched
+from tests.chaos.intensity import Profile
 from tests.chaos.load import Cancel, Record
 from tests.chaos.orders import Errand, Order, draw
-from tests.chaos.intensity import Profile
 from tests.chaos.store import Snapshot, Stored
 
 PROFILE = Profile(seed=1, seconds=1)

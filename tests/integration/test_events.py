@@ -35,7 +35,7 @@ def new_job() -> str:
 async def emit(queue: JobQueue, job_id: str, first: int = 1, count: int = 1, ring: bool = True) -> None:
     """Events as the queue's scripts write them."""
     async with queue.redis.pipeline(transaction=True) as pipe:
-        for number in range(first, first + count):
+        for _ in range(first, first + count):
             pipe.rpush(queue.events_key(job_id), '{"type":"progress","at":1,"data":{}}')
         if ring:
             pipe.publish(queue.bell(job_id), "")
