@@ -12,9 +12,11 @@ PREFIX: Final = "img2img:{0}:"
 JOB_ID: Final = re.compile(rb"\{?0\}?-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 ALIVE: Final = "arq:queue:{0}:default"
 QUARANTINE: Final = f"{PREFIX}quarantine:default"
+NOT_OF_LIVING_JOBS: Final = (QUARANTINE, f"{PREFIX}discarding")
+"""Inputs that a killed gateway was about to delete are told again after a minute."""
 BLOB: Final = f"{PREFIX}blob:"
 OF_LIVING_JOBS: Final = ("arq:job:", "arq:in-progress:", f"{PREFIX}waiters:")
-"""What must be gone when a job has ended; arq:retry may come back when a fenced attempt starts late, for a day."""
+"""What must be gone when a job has ended."""
 
 
 class Stored(msgspec.Struct):
@@ -73,7 +75,7 @@ async def read_snapshot(redis: Any) -> Snapshot:
             jobs[job_id] = await _read_job(redis, job_id)
         elif name.startswith(OF_LIVING_JOBS):
             leftovers.append(f"{name} is still there")
-        elif name != QUARANTINE and await redis.ttl(key) == -1:
+        elif name not in NOT_OF_LIVING_JOBS and await redis.ttl(key) == -1:
             leftovers += [f"{name} still holds {member}" for member in await _job_ids_in(redis, key)]
             if JOB_ID.search(key):
                 leftovers.append(f"{name} has no TTL")
