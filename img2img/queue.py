@@ -5,13 +5,15 @@ cannot leave half a change. arq's payload, its queue's sorted set and its result
 ``arq.jobs.Job`` answers for our jobs too.
 """
 
+import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final, Literal
 
 import msgspec
 import uuid_utils
 from arq.connections import ArqRedis
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ReadOnlyError
 
 from img2img import lua
 from img2img.errors import (
@@ -29,12 +31,17 @@ from img2img.errors import (
 from img2img.jobs import Failure, Job, JobSpec, JobState, Outcome, Running, StopReason
 from img2img.records import JOB_FIELDS, read_job, work_of
 from img2img.server import milliseconds, translated
+from img2img.trips import SharedTrips
 
 SHARD: Final = 0
 SCRIPTS: Final = (
     "submit", "claim", "beat", "report", "finish", "release", "cancel", "replay", "look", "wait", "leave", "sweep",
     "sign_off", "stats",
 )  # fmt: skip
+SHARING: Final = ("submit", "finish")
+"""Those of them of which many are under way at once."""
+REPEATS: Final = (0.02, 0.1, 0.5, 0.0)
+"""Pauses in seconds after tries that a server refused which is about to be replaced."""
 LIST_SCAN: Final = 500
 UNREADABLE_DELAY: Final = 10.0
 
@@ -165,6 +172,7 @@ class JobQueue:
         self._max_queued = max_queued
         self._refuse_late = refuse_late
         self._scripts = {script: redis.register_script(lua.source(script)) for script in SCRIPTS}
+        self._trips = {script: SharedTrips(partial(self._run_all, script)) for script in SHARING}
 
     @staticmethod
     def new_id() -> str:
@@ -195,7 +203,7 @@ class JobQueue:
             QueueFull, AccountQueueFull, DeadlineUnreachable: too much waits.
         """
         order = self._order(spec, lifetime, share or Share()) | {"join": join, "waiter": waiter}
-        answer = await self._run("submit", msgspec.json.encode(spec), msgspec.json.encode(order))
+        answer = await self._trips["submit"].call(msgspec.json.encode(spec), msgspec.json.encode(order))
         match [part.decode() for part in answer]:
             case ["joined", job_id]:
                 return Submitted(job_id, created=False)
@@ -330,19 +338,9 @@ class JobQueue:
         Raises:
             LeaseLost: somebody else holds the job now; nothing was written.
         """
-        [done] = await self.finish_all([(claim, outcome.state, msgspec.json.encode(outcome))])
-        if isinstance(done, Unavailable):
-            raise done
-        if not done:
+        answer = msgspec.json.encode(outcome)
+        if not await self._trips["finish"].call(claim.id, claim.fence, outcome.state.value, answer):
             raise LeaseLost(f"Job {claim.id} is no longer held under fence {claim.fence}")
-
-    async def finish_all(self, ended: Sequence[tuple[Claim, JobState, bytes]]) -> list[bool | Unavailable]:
-        """End jobs, each by itself, in one trip; the bytes are the outcomes in JSON. Safe to repeat.
-
-        Answers for each whether it was written, false when somebody else holds it now, or why nobody knows.
-        """
-        answers = await self._run_all("finish", [(claim.id, claim.fence, *outcome) for claim, *outcome in ended])
-        return [_unavailable(done) if isinstance(done, Exception) else bool(done) for done in answers]
 
     async def release(
         self, claim: Claim, why: Failure, kind: Literal["failures", "interruptions"], *, delay: float = 0.0
@@ -424,15 +422,22 @@ class JobQueue:
     async def _run_all(self, script: str, calls: Sequence[Sequence[Any]]) -> list[Any]:
         """One script for several sets of arguments, in one trip; an error of one is its answer. Safe to repeat only."""
         known = self._scripts[script]
+        answers: list[Any] = []
         with translated():
-            while True:
+            for pause in REPEATS:
                 async with self.redis.pipeline(transaction=False) as pipe:
                     for arguments in calls:
                         pipe.evalsha(known.sha, 1, self.prefix, self.name, *arguments)
-                    answers: list[Any] = await pipe.execute(raise_on_error=False)
-                if not any(isinstance(answer, NoScriptError) for answer in answers):
-                    return answers
-                await self.redis.script_load(known.script)
+                    answers = await pipe.execute(raise_on_error=False)
+                if any(isinstance(answer, NoScriptError) for answer in answers):
+                    await self.redis.script_load(known.script)
+                elif any(isinstance(answer, ReadOnlyError) for answer in answers):
+                    # This server is no master any more: let the next connection find the one that is.
+                    await self.redis.connection_pool.disconnect(inuse_connections=False)
+                    await asyncio.sleep(pause)
+                else:
+                    break
+        return [_unavailable(answer) if isinstance(answer, Exception) else answer for answer in answers]
 
     async def _run(self, script: str, *arguments: Any) -> Any:
         with translated():
@@ -457,7 +462,7 @@ def _discard(word: str) -> Discard:
 
 
 def _unavailable(error: Exception) -> Unavailable:
-    return Unavailable(f"The queue server did not carry it out ({error}): try again")
+    return Unavailable(f"The queue server does not answer as it should ({type(error).__name__}): try again")
 
 
 def _congested(why: str, pause: float, eta: float | None) -> Congested:

@@ -18,7 +18,6 @@ from img2img.errors import LeaseLost, Unavailable
 from img2img.jobs import Failure, Outcome, StopReason
 from img2img.queue import Claim, JobQueue, WorkerInfo
 from img2img.settings import Settings
-from worker.finisher import Finisher
 from worker.heart import RETRY_SECONDS, Heart
 from worker.payloads import ClaimedPayloads
 from worker.runner import Decision, JobRunner, Lost, Release, Stop
@@ -57,7 +56,6 @@ class Consumer(Worker):
         self._pool: Any = ClaimedPayloads(self._running)
         self._decisions: dict[int, Decision] = {}
         self._claim_number = 0
-        self._finisher = Finisher(queue)
         self._heart = Heart(queue.name, info, settings, self._stop_jobs)
         self._draining = asyncio.Event()
         self._wait: asyncio.Task[object] | None = None
@@ -205,7 +203,7 @@ class Consumer(Worker):
     async def _write(self, claim: Claim, decision: Decision) -> None:
         match decision:
             case Outcome():
-                await self._finisher.finish(claim, decision)
+                await self._queue.finish(claim, decision)
             case Release(why, kind, delay):
                 await self._queue.release(claim, why, kind, delay=delay)
             case Lost():

@@ -12,7 +12,6 @@ from img2img.errors import NoCapacity, NotReplayable
 from img2img.jobs import JobState
 from img2img.queue import Claim, JobQueue, Lifetime, Waiter, WorkerInfo
 from tests.queue.calls import KEEP, LEASE, SUCCEEDED, claim_one, spec, submit
-from worker.finisher import Finisher
 
 WORKER = WorkerInfo("w1", 1, "fake", "fake", "cpu")
 
@@ -103,8 +102,7 @@ async def test_outcomes_that_are_written_together_are_judged_apart(queue: JobQue
     """One of three was lost meanwhile: the others are written."""
     claims = [await claim_one_of(queue) for _ in range(3)]
     stale = msgspec.structs.replace(claims[1], fence=1)
-    finisher = Finisher(queue)
-    written = [finisher.finish(claim, SUCCEEDED) for claim in (claims[0], stale, claims[2])]
+    written = [queue.finish(claim, SUCCEEDED) for claim in (claims[0], stale, claims[2])]
     answers = await asyncio.gather(*written, return_exceptions=True)
     assert [type(answer).__name__ for answer in answers] == ["NoneType", "LeaseLost", "NoneType"]
     states = [(await queue.get(claim.id)).state for claim in claims]
