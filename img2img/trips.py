@@ -32,7 +32,7 @@ class SharedTrips:
         if self._under_way is None:
             self._under_way = asyncio.create_task(self._travel(), name="shared-trips")
         answered = await answer
-        if isinstance(answered, Unavailable):
+        if isinstance(answered, Exception):
             raise answered
         return answered
 
@@ -52,3 +52,5 @@ class SharedTrips:
             return await self._send(calls)
         except Unavailable as exc:
             return [Unavailable(str(exc)) for _ in calls]
+        except Exception as exc:  # a defect of ours: whoever waits must hear of it, not wait for ever
+            return [exc for _ in calls]

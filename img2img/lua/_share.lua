@@ -48,9 +48,8 @@ end
 local function enter_queued(queue, id, job)
   redis.call('ZADD', queue.expiry, job.expires, id)
   local tenant = tenant_of(queue, job.account)
-  if redis.call('HINCRBY', tenant, 'queued', 1) == 1 or job.weight ~= '1' then
-    redis.call('HSET', tenant, 'weight', job.weight)
-  end
+  redis.call('HINCRBY', tenant, 'queued', 1)
+  redis.call('HSET', tenant, 'weight', job.weight)
 end
 
 local function leave_queued(queue, id, account)

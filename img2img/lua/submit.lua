@@ -1,7 +1,8 @@
 -- Accepts a job, or answers with the one that this request joins. Running it twice changes nothing.
 -- ARGV: queue, spec (JSON, stored as it is), order (JSON; times in ms):
 --   id, account, fingerprint, lifetime, keep, boost, max_failures, max_crashes, reject_if_busy,
---   not_before (since 1970, or 0), own_deadline (whether `lifetime` was asked for), max_queued, max_queued_account (0: no limit), refuse_late,
+--   not_before (since 1970, or 0), own_deadline (whether `lifetime` was asked for),
+--   max_queued, max_queued_account (0: no limit), refuse_late,
 --   weight, size, pixels (0: the model's own), steps: what the work is and at whose expense
 --   inputs: null | blob key, join: null | {key, mode = "idempotency" | "first" | "retry", ttl}, waiter: null | {id, ttl, grace}
 --   horizon (the longest that any job of the account may be known)
