@@ -5,7 +5,8 @@ from typing import Any, Final
 import msgspec
 
 from img2img.jobs import JobSpec
-from img2img.queue import JobQueue, Lifetime
+from img2img.queue import JobQueue
+from img2img.queue_types import Lifetime
 from img2img.requests import build_request
 from img2img.settings import Settings
 

@@ -30,7 +30,8 @@ from redis.asyncio import Redis
 from bench.jobs import LIFETIME, fresh_spec
 from bench.valkey import fresh_server
 from img2img.jobs import JobState, Outcome
-from img2img.queue import Claim, JobQueue, WorkerInfo
+from img2img.queue import JobQueue
+from img2img.queue_types import Claim, WorkerInfo
 from img2img.server import open_redis
 
 ACCOUNTS: Final = (1, 1000)

@@ -11,7 +11,8 @@ import uuid_utils
 from img2img.errors import Img2ImgError, WaitTimeout
 from img2img.events import READ_LIMIT, EventHub, Follower
 from img2img.jobs import JobEvent, Outcome
-from img2img.queue import JobQueue, Waiter
+from img2img.queue import JobQueue
+from img2img.queue_types import Waiter
 from img2img.server import milliseconds
 
 WAITER_TTL: Final = 9.0

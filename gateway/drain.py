@@ -8,7 +8,8 @@ from typing import Final
 import uuid_utils
 
 from img2img.errors import Unavailable
-from img2img.queue import JobQueue, Waiter
+from img2img.queue import JobQueue
+from img2img.queue_types import Waiter
 from img2img.server import milliseconds
 from img2img.settings import Settings
 

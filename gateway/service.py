@@ -31,7 +31,8 @@ from img2img.errors import (
 )
 from img2img.events import READ_LIMIT, EventHub
 from img2img.jobs import Job, JobEvent, JobSpec, JobState, Outcome, Result, StopReason
-from img2img.queue import JobQueue, Join, Lifetime, Page, QueueStats, Submitted, Waiter
+from img2img.queue import JobQueue
+from img2img.queue_types import Join, Lifetime, Page, QueueStats, Submitted, Waiter
 from img2img.requests import CheckedRequest, build_request, draw_seed
 from img2img.server import milliseconds
 from img2img.settings import Settings

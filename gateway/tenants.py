@@ -29,7 +29,7 @@ from img2img.errors import (
     NotFound,
     Unauthenticated,
 )
-from img2img.queue import Share
+from img2img.queue_types import Share
 
 LOCAL_ACCOUNT: Final = "local"
 MIN_WEIGHT: Final = 0.001

@@ -8,7 +8,8 @@ import structlog
 
 from img2img.blobs import BlobStore
 from img2img.errors import Unavailable
-from img2img.queue import Discard, JobQueue
+from img2img.queue import JobQueue
+from img2img.queue_types import Discard
 from img2img.server import milliseconds
 
 LONGEST_PAUSE: Final = 1.0

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Final, Literal
 
 import msgspec
+import structlog
 import uuid_utils
 from arq.connections import ArqRedis
 from redis.exceptions import NoScriptError, ReadOnlyError
@@ -29,6 +30,7 @@ from img2img.errors import (
     Unavailable,
 )
 from img2img.jobs import Failure, Job, JobSpec, JobState, Outcome, Running, StopReason
+from img2img.queue_types import Claim, Discard, Join, Lifetime, Page, QueueStats, Share, Submitted, Waiter, WorkerInfo
 from img2img.records import JOB_FIELDS, read_job, work_of
 from img2img.server import milliseconds, translated
 from img2img.trips import SharedTrips
@@ -45,102 +47,7 @@ REPEATS: Final = (0.02, 0.1, 0.5, 0.0)
 LIST_SCAN: Final = 500
 UNREADABLE_DELAY: Final = 10.0
 
-
-class Join(msgspec.Struct, frozen=True):
-    """How a request finds the job of an equal one: by idempotency key, or as a retried call (ttl in ms)."""
-
-    key: str
-    mode: Literal["idempotency", "first", "retry"]
-    ttl: int
-
-
-class Waiter(msgspec.Struct, frozen=True):
-    """A caller whose going away ends the job: renewed within ``ttl``, forgiven for ``grace`` (both ms)."""
-
-    id: str
-    ttl: int
-    grace: int
-
-
-class Lifetime(msgspec.Struct, frozen=True):
-    """How long a job may live until it ends, and how long its record is kept after (seconds).
-
-    ``asked_for`` tells a deadline of the caller's, which counts from now, from the longest age, which counts from
-    when the job may start. ``longest`` is how long any job may live, for what belongs to more than one job.
-    """
-
-    seconds: float
-    keep: float
-    longest: float = 24 * 3600.0
-    asked_for: bool = False
-
-
-class Share(msgspec.Struct, frozen=True):
-    """What an account is entitled to: ``weight`` of the workers' time, ``max_queued`` waiting jobs (0: no limit)."""
-
-    weight: float = 1.0
-    max_queued: int = 0
-
-
-class Submitted(msgspec.Struct, frozen=True):
-    """The job that answers a submission; ``created`` is false when it joined an earlier one."""
-
-    id: str
-    created: bool
-
-
-class Claim(msgspec.Struct, frozen=True):
-    """A worker's hold on a job: every write of this attempt carries ``fence``. Times in ms since 1970.
-
-    A ``suspect`` has lost a worker before: one that is claimed by an idle worker runs alone there.
-    """
-
-    id: str
-    fence: int
-    attempt: int
-    spec: JobSpec
-    created_at: int
-    expires_at: int
-    claimed_at: int
-    suspect: bool = False
-    failures: int = 0
-
-
-class WorkerInfo(msgspec.Struct, frozen=True):
-    """What a worker says of itself: how many jobs it runs at once, and the pixels of its model's own size."""
-
-    id: str
-    slots: int
-    engine: str
-    model: str
-    device: str
-    native_pixels: int = 0
-
-
-class Discard(msgspec.Struct, frozen=True):
-    """An input blob that no job needs any more, but maybe for a replay within ``kept`` seconds."""
-
-    word: str
-    key: str
-    kept: float
-
-
-class QueueStats(msgspec.Struct, frozen=True):
-    """Counts at one moment; ``seconds`` is the estimated work of the jobs that are ready to start."""
-
-    queued: int
-    delayed: int
-    running: int
-    quarantined: int
-    seconds: float
-    workers: tuple[WorkerInfo, ...]
-
-
-class Page(msgspec.Struct, frozen=True):
-    """One page of a list; ``next`` is the cursor of the following one, None on the last."""
-
-    jobs: tuple[Job, ...]
-    next: str | None
+log = structlog.get_logger(__name__)
 
 
 class JobQueue:
@@ -246,7 +153,7 @@ class JobQueue:
         Raises:
             JobNotFound: there is none, it is another account's, or its record has expired.
         """
-        found = await self._load([job_id])
+        found = [read_job(row) for _, row in await self._rows([job_id])]
         if not found or (account is not None and found[0].spec.account != account):
             raise JobNotFound(job_id)
         return found[0]
@@ -412,9 +319,19 @@ class JobQueue:
         return None if message is None else message[1].decode()
 
     async def _load(self, job_ids: Sequence[str]) -> list[Job]:
-        """Those of the jobs that there are."""
+        """Those of the jobs that there are and that this release can read: one of another must not hide the others."""
+        jobs: list[Job] = []
+        for job_id, row in await self._rows(job_ids):
+            try:
+                jobs.append(read_job(row))
+            except (msgspec.MsgspecError, ValueError) as exc:
+                log.warning("job_unreadable", job=job_id, error=str(exc))
+        return jobs
+
+    async def _rows(self, job_ids: Sequence[str]) -> list[tuple[str, Sequence[Any]]]:
+        """The records, for :func:`read_job`, of those of the jobs that there are."""
         rows = await self._run("look", len(JOB_FIELDS), *JOB_FIELDS, *job_ids)
-        return [read_job(row) for row in rows if row is not None]
+        return [(job_id, row) for job_id, row in zip(job_ids, rows, strict=True) if row is not None]
 
     def _control_key(self, worker: str) -> str:
         return f"{self.prefix}control:{worker}"

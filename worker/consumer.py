@@ -16,7 +16,8 @@ from arq.worker import Worker, func
 
 from img2img.errors import LeaseLost, Unavailable
 from img2img.jobs import Failure, Outcome, StopReason
-from img2img.queue import Claim, JobQueue, WorkerInfo
+from img2img.queue import JobQueue
+from img2img.queue_types import Claim, WorkerInfo
 from img2img.settings import Settings
 from worker.heart import RETRY_SECONDS, Heart
 from worker.payloads import ClaimedPayloads

@@ -17,7 +17,8 @@ import structlog
 
 from img2img.errors import Unavailable
 from img2img.jobs import StopReason
-from img2img.queue import Claim, JobQueue, WorkerInfo
+from img2img.queue import JobQueue
+from img2img.queue_types import Claim, WorkerInfo
 from img2img.server import open_redis
 from img2img.settings import Settings
 

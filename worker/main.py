@@ -15,7 +15,7 @@ import uvloop
 
 from img2img import telemetry
 from img2img.errors import ConfigurationError, Img2ImgError
-from img2img.queue import WorkerInfo
+from img2img.queue_types import WorkerInfo
 from img2img.settings import Settings
 from img2img.wiring import open_parts
 from worker.consumer import Consumer

@@ -6,7 +6,7 @@ from typing import Any, Final, Self
 import msgspec
 from arq.constants import job_key_prefix
 
-from img2img.queue import Claim
+from img2img.queue_types import Claim
 
 FIRST_TRY: Final = 1
 """arq's own count of tries is switched off: attempts are counted by the queue's scripts."""

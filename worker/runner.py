@@ -31,7 +31,8 @@ from img2img.errors import (
     Unavailable,
 )
 from img2img.jobs import Failure, JobState, Outcome, Result, Running, Stage, StopReason
-from img2img.queue import Claim, JobQueue
+from img2img.queue import JobQueue
+from img2img.queue_types import Claim
 from img2img.requests import Inputs
 from img2img.server import milliseconds
 from img2img.settings import Settings

@@ -18,7 +18,7 @@ from bench.jobs import LIFETIME, fresh_spec
 from img2img import telemetry
 from img2img.events import EventHub
 from img2img.jobs import JobState, Outcome, Result
-from img2img.queue import Claim, WorkerInfo
+from img2img.queue_types import Claim, WorkerInfo
 from img2img.settings import Settings
 from img2img.wiring import open_parts
 from worker.consumer import Consumer

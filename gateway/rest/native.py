@@ -22,7 +22,7 @@ from gateway.rest.views import JobList, JobView, event_view, job_view
 from gateway.service import Order, Picture
 from img2img.errors import Img2ImgError, InvalidRequest, JobNotFound, Unavailable
 from img2img.jobs import JobState
-from img2img.queue import QueueStats
+from img2img.queue_types import QueueStats
 
 MAX_PAGE: Final = 100
 JOB_HEADER: Final = "img2img-job-id"

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from img2img.queue import WorkerInfo
+from img2img.queue_types import WorkerInfo
 from img2img.settings import Settings
 from tests.stack import Process, Stack, eventually, state_of, submit
 from worker.heart import Heart

@@ -21,7 +21,7 @@ from gateway.service import JobService
 from gateway.tenants import Tenants
 from gateway.upkeep import run_upkeep
 from img2img.events import EventHub
-from img2img.queue import WorkerInfo
+from img2img.queue_types import WorkerInfo
 from img2img.settings import Settings
 from img2img.v1 import img2img_pb2 as pb
 from img2img.v1.img2img_pb2_grpc import Img2ImgServiceStub

@@ -13,7 +13,8 @@ from img2img.blobs import RedisBlobs
 from img2img.errors import IdempotencyConflict, JobNotFound, NoCapacity, Unavailable
 from img2img.events import EventHub
 from img2img.jobs import StopReason
-from img2img.queue import JobQueue, Submitted
+from img2img.queue import JobQueue
+from img2img.queue_types import Submitted
 from img2img.settings import Settings
 from img2img.wiring import Parts, open_parts
 from tests.calls import picture

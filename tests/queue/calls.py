@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from img2img.events import EventHub
 from img2img.jobs import JobSpec, JobState, Outcome
-from img2img.queue import Claim, JobQueue, Lifetime
+from img2img.queue import JobQueue
+from img2img.queue_types import Claim, Lifetime
 from img2img.requests import build_request
 
 LEASE: Final = 6.0

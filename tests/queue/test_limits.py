@@ -8,7 +8,8 @@ from arq.connections import ArqRedis
 
 from img2img.errors import AccountQueueFull, DeadlineUnreachable, QueueFull
 from img2img.jobs import Failure, JobState
-from img2img.queue import JobQueue, Lifetime, Share, WorkerInfo
+from img2img.queue import JobQueue
+from img2img.queue_types import Lifetime, Share, WorkerInfo
 from tests.queue.calls import KEEP, LEASE, SUCCEEDED, claim_one, event_types, spec, submit
 
 WORKER = WorkerInfo("w1", 1, "fake", "fake", "cpu", 256 * 256)

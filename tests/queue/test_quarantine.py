@@ -11,7 +11,8 @@ from arq.jobs import JobStatus
 
 from img2img.errors import JobNotFound, LeaseLost
 from img2img.jobs import Failure, JobState, Outcome
-from img2img.queue import Claim, JobQueue, Lifetime
+from img2img.queue import JobQueue
+from img2img.queue_types import Claim, Lifetime
 from tests.queue.calls import KEEP, LEASE, SUCCEEDED, claim_one, event_types, spec, submit
 
 GONE: Final = 0.001

@@ -6,7 +6,8 @@ from typing import Any
 from arq.connections import ArqRedis
 
 from img2img.jobs import Failure
-from img2img.queue import JobQueue, Share
+from img2img.queue import JobQueue
+from img2img.queue_types import Share
 from tests.queue.calls import SUCCEEDED, claim_one, submit
 
 LONG: dict[str, Any] = {"num_steps": 20}

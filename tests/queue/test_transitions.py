@@ -12,7 +12,8 @@ from arq.jobs import JobStatus
 from img2img.errors import ConfigurationError, IdempotencyConflict, JobNotFound, LeaseLost, NoCapacity, Unavailable
 from img2img.events import EventHub
 from img2img.jobs import Failure, JobState, Outcome, Running, Stage, StopReason
-from img2img.queue import JobQueue, Join, Lifetime, Waiter, WorkerInfo
+from img2img.queue import JobQueue
+from img2img.queue_types import Join, Lifetime, Waiter, WorkerInfo
 from img2img.server import check_server, open_redis
 from tests.queue.calls import KEEP, LEASE, SUCCEEDED, claim_one, event_types, spec, submit
 

@@ -10,7 +10,8 @@ from arq.connections import ArqRedis
 
 from img2img.errors import NoCapacity, NotReplayable
 from img2img.jobs import JobState
-from img2img.queue import Claim, JobQueue, Lifetime, Waiter, WorkerInfo
+from img2img.queue import JobQueue
+from img2img.queue_types import Claim, Lifetime, Waiter, WorkerInfo
 from tests.queue.calls import KEEP, LEASE, SUCCEEDED, claim_one, spec, submit
 
 WORKER = WorkerInfo("w1", 1, "fake", "fake", "cpu")
@@ -84,6 +85,13 @@ async def test_a_worker_that_leaves_gives_back_what_it_never_got(queue: JobQueue
     await queue.sign_off("w1")
     job = await queue.get(job_id)
     assert (job.state, job.crashes, job.interruptions) == (JobState.QUEUED, 0, 1)
+
+
+async def test_a_record_of_another_release_hides_no_others(queue: JobQueue, redis: ArqRedis) -> None:
+    first, second, third = [await submit(queue) for _ in range(3)]
+    await redis.hset(f"{queue.prefix}job:{second}", "spec", b'{"id": 1}')
+    page = await queue.list_jobs("acme")
+    assert [job.id for job in page.jobs] == [third, first]
 
 
 async def test_a_job_of_another_release_goes_back(queue: JobQueue, redis: ArqRedis) -> None:

@@ -1,0 +1,104 @@
+"""What callers hand to the queue, and what it answers."""
+
+from typing import Literal
+
+import msgspec
+
+from img2img.jobs import Job, JobSpec
+
+
+class Join(msgspec.Struct, frozen=True):
+    """How a request finds the job of an equal one: by idempotency key, or as a retried call (ttl in ms)."""
+
+    key: str
+    mode: Literal["idempotency", "first", "retry"]
+    ttl: int
+
+
+class Waiter(msgspec.Struct, frozen=True):
+    """A caller whose going away ends the job: renewed within ``ttl``, forgiven for ``grace`` (both ms)."""
+
+    id: str
+    ttl: int
+    grace: int
+
+
+class Lifetime(msgspec.Struct, frozen=True):
+    """How long a job may live until it ends, and how long its record is kept after (seconds).
+
+    ``asked_for`` tells a deadline of the caller's, which counts from now, from the longest age, which counts from
+    when the job may start. ``longest`` is how long any job may live, for what belongs to more than one job.
+    """
+
+    seconds: float
+    keep: float
+    longest: float = 24 * 3600.0
+    asked_for: bool = False
+
+
+class Share(msgspec.Struct, frozen=True):
+    """What an account is entitled to: ``weight`` of the workers' time, ``max_queued`` waiting jobs (0: no limit)."""
+
+    weight: float = 1.0
+    max_queued: int = 0
+
+
+class Submitted(msgspec.Struct, frozen=True):
+    """The job that answers a submission; ``created`` is false when it joined an earlier one."""
+
+    id: str
+    created: bool
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """A worker's hold on a job: every write of this attempt carries ``fence``. Times in ms since 1970.
+
+    A ``suspect`` has lost a worker before: one that is claimed by an idle worker runs alone there.
+    """
+
+    id: str
+    fence: int
+    attempt: int
+    spec: JobSpec
+    created_at: int
+    expires_at: int
+    claimed_at: int
+    suspect: bool = False
+    failures: int = 0
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """What a worker says of itself: how many jobs it runs at once, and the pixels of its model's own size."""
+
+    id: str
+    slots: int
+    engine: str
+    model: str
+    device: str
+    native_pixels: int = 0
+
+
+class Discard(msgspec.Struct, frozen=True):
+    """An input blob that no job needs any more, but maybe for a replay within ``kept`` seconds."""
+
+    word: str
+    key: str
+    kept: float
+
+
+class QueueStats(msgspec.Struct, frozen=True):
+    """Counts at one moment; ``seconds`` is the estimated work of the jobs that are ready to start."""
+
+    queued: int
+    delayed: int
+    running: int
+    quarantined: int
+    seconds: float
+    workers: tuple[WorkerInfo, ...]
+
+
+class Page(msgspec.Struct, frozen=True):
+    """One page of a list; ``next`` is the cursor of the following one, None on the last."""
+
+    jobs: tuple[Job, ...]
+    next: str | None
