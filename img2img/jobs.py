@@ -57,6 +57,25 @@ class Failure(msgspec.Struct, frozen=True):
     message: str
 
 
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What made a picture: where two agree in all but ``pixels_sha256``, and have ``rows``, they agree in that, too.
+
+    ``weights`` are SHA-256 by network, ``rows`` is the fixed number of rows of each pass through the UNet (None unless
+    the job was reproducible), ``precision`` the number format of the networks, ``versions`` those of packages.
+    """
+
+    pixels_sha256: str
+    model: str
+    revision: str
+    weights: dict[str, str]
+    sampler: str
+    steps: int
+    precision: str
+    device: str
+    versions: dict[str, str]
+    rows: int | None = None
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Where the picture lies and what it is; ``expires_at`` in milliseconds since 1970."""
 
@@ -67,6 +86,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     sha256: str
     expires_at: int
+    receipt: Receipt | None = None
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +98,14 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     stage: Stage | None = None
     step: int = 0
     steps: int = 0
+
+
+class StoredCheckpoint(msgspec.Struct, frozen=True):
+    """Where the state of a job's sampling after ``step`` of its ``steps`` lies, for an attempt to go on from."""
+
+    blob: str
+    step: int
+    steps: int
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -76,6 +76,8 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     output_quality: int = 90
     reject_if_busy: bool = False
     not_before: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    reproducible: bool = False
+    previews: bool = False
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):

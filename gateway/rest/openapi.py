@@ -50,6 +50,14 @@ OPTIONS: Final = Schema(
             format=OpenAPIFormat.DATE_TIME,
             description="The job starts no sooner; without a deadline of its own its time counts from then.",
         ),
+        "reproducible": Schema(
+            type=OpenAPIType.BOOLEAN,
+            default=False,
+            description="The same request makes the same bytes again, on the same kind of device and versions.",
+        ),
+        "previews": Schema(
+            type=OpenAPIType.BOOLEAN, default=False, description="Send small pictures as `preview` events meanwhile."
+        ),
     },
 )
 

@@ -140,6 +140,8 @@ def _options(options: JobOptions) -> pb.JobOptions:
         output_quality=options.output_quality,
         reject_if_busy=options.reject_if_busy,
         not_before=options.not_before,
+        reproducible=options.reproducible,
+        previews=options.previews,
     )
 
 

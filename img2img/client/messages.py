@@ -28,6 +28,9 @@ FIRST_PAUSE: Final = 0.2
 LONGEST_PAUSE: Final = 5.0
 FIRST_TRIES: Final = 4
 RESUME_TRIES: Final = 8
+PLAIN_OPTIONS: Final = (
+    "priority", "deadline_seconds", "output_quality", "reject_if_busy", "reproducible", "previews",
+)  # fmt: skip
 RESUMED: Final = frozenset({"unavailable", "cancelled"})  # what a gateway's restart does to a stream
 
 
@@ -66,6 +69,8 @@ def _options_message(options: JobOptions | None) -> pb.JobOptions | None:
         output_quality=options.output_quality,
         reject_if_busy=options.reject_if_busy,
         not_before=options.not_before,
+        reproducible=options.reproducible,
+        previews=options.previews,
     )
 
 
@@ -133,7 +138,7 @@ def _picture(message: pb.PictureInfo) -> PictureInfo:
 
 
 def _options(message: pb.JobOptions) -> JobOptions:
-    values: dict[str, Any] = _present(message, "priority", "deadline_seconds", "output_quality", "reject_if_busy")
+    values: dict[str, Any] = _present(message, *PLAIN_OPTIONS)
     if message.sampler:
         values["sampler"] = Sampler[pb.Sampler.Name(message.sampler).removeprefix("SAMPLER_")]
     if message.output_format:

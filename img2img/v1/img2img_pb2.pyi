@@ -78,7 +78,7 @@ class Img2ImgRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., image: _Optional[bytes] = ..., image_b64: _Optional[str] = ..., mask: _Optional[bytes] = ..., num_steps: _Optional[int] = ..., strength: _Optional[float] = ..., guidance: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class JobOptions(_message.Message):
-    __slots__ = ("priority", "deadline_seconds", "sampler", "output_format", "output_quality", "reject_if_busy", "not_before")
+    __slots__ = ("priority", "deadline_seconds", "sampler", "output_format", "output_quality", "reject_if_busy", "not_before", "reproducible", "previews")
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,8 @@ class JobOptions(_message.Message):
     OUTPUT_QUALITY_FIELD_NUMBER: _ClassVar[int]
     REJECT_IF_BUSY_FIELD_NUMBER: _ClassVar[int]
     NOT_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    REPRODUCIBLE_FIELD_NUMBER: _ClassVar[int]
+    PREVIEWS_FIELD_NUMBER: _ClassVar[int]
     priority: int
     deadline_seconds: float
     sampler: Sampler
@@ -93,7 +95,9 @@ class JobOptions(_message.Message):
     output_quality: int
     reject_if_busy: bool
     not_before: _timestamp_pb2.Timestamp
-    def __init__(self, priority: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., sampler: _Optional[_Union[Sampler, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_quality: _Optional[int] = ..., reject_if_busy: bool = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    reproducible: bool
+    previews: bool
+    def __init__(self, priority: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., sampler: _Optional[_Union[Sampler, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_quality: _Optional[int] = ..., reject_if_busy: bool = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., reproducible: bool = ..., previews: bool = ...) -> None: ...
 
 class PictureInfo(_message.Message):
     __slots__ = ("format", "width", "height", "size_bytes")
@@ -137,21 +141,61 @@ class JobError(_message.Message):
     message: str
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
+class Receipt(_message.Message):
+    __slots__ = ("pixels_sha256", "model", "revision", "weights", "sampler", "steps", "rows", "precision", "device", "versions")
+    class WeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    PIXELS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    pixels_sha256: str
+    model: str
+    revision: str
+    weights: _containers.ScalarMap[str, str]
+    sampler: str
+    steps: int
+    rows: int
+    precision: str
+    device: str
+    versions: _containers.ScalarMap[str, str]
+    def __init__(self, pixels_sha256: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights: _Optional[_Mapping[str, str]] = ..., sampler: _Optional[str] = ..., steps: _Optional[int] = ..., rows: _Optional[int] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
 class JobResult(_message.Message):
-    __slots__ = ("media_type", "width", "height", "size_bytes", "sha256", "expire_time")
+    __slots__ = ("media_type", "width", "height", "size_bytes", "sha256", "expire_time", "receipt")
     MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
     media_type: str
     width: int
     height: int
     size_bytes: int
     sha256: str
     expire_time: _timestamp_pb2.Timestamp
-    def __init__(self, media_type: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    receipt: Receipt
+    def __init__(self, media_type: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
 class Eta(_message.Message):
     __slots__ = ("p50", "p90")
@@ -313,7 +357,7 @@ class WatchJobRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
 
 class WatchJobResponse(_message.Message):
-    __slots__ = ("sequence", "type", "time", "state", "attempt", "stage", "step", "steps", "error", "replays")
+    __slots__ = ("sequence", "type", "time", "state", "attempt", "stage", "step", "steps", "error", "replays", "preview")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
@@ -324,6 +368,7 @@ class WatchJobResponse(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     REPLAYS_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     type: str
     time: _timestamp_pb2.Timestamp
@@ -334,7 +379,20 @@ class WatchJobResponse(_message.Message):
     steps: int
     error: JobError
     replays: int
-    def __init__(self, sequence: _Optional[int] = ..., type: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., stage: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., replays: _Optional[int] = ...) -> None: ...
+    preview: Preview
+    def __init__(self, sequence: _Optional[int] = ..., type: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., stage: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., replays: _Optional[int] = ..., preview: _Optional[_Union[Preview, _Mapping]] = ...) -> None: ...
+
+class Preview(_message.Message):
+    __slots__ = ("media_type", "width", "height", "image")
+    MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    media_type: str
+    width: int
+    height: int
+    image: bytes
+    def __init__(self, media_type: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., image: _Optional[bytes] = ...) -> None: ...
 
 class CancelJobRequest(_message.Message):
     __slots__ = ("id",)

@@ -1,9 +1,11 @@
 """What a worker asks of an engine.
 
-An engine is opened once per worker (``async with``) and then asked for one picture after another.
+An engine is opened once per worker (``async with``) and then asked for pictures, for as many at once as it has slots.
 It never blocks the event loop: heavy work runs in a thread of its own.
 """
 
+import asyncio
+import math
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Protocol, Self
@@ -11,7 +13,7 @@ from typing import Protocol, Self
 import msgspec
 from PIL import Image as PillowImage
 
-from img2img.jobs import Stage
+from img2img.jobs import Receipt, Stage
 from img2img.requests import Sampler
 
 
@@ -23,7 +25,12 @@ class Pictures(msgspec.Struct, frozen=True):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """One picture to make. Every default is resolved: the engine draws no seed and picks no size."""
+    """One picture to make. Every default is resolved: the engine draws no seed and picks no size.
+
+    ``reproducible``: the same task makes the same bytes again, whatever is made beside it. ``previews`` asks for
+    ``Preview`` outputs. ``deadline`` is on the clock of ``time.monotonic``: of tasks that compete, the one that is most
+    pressed goes first.
+    """
 
     prompt: str
     negative_prompt: str
@@ -34,15 +41,22 @@ class Task(msgspec.Struct, frozen=True):
     guidance: float
     seed: int
     sampler: Sampler | None = None
+    reproducible: bool = False
+    previews: bool = False
+    deadline: float = math.inf
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What an opened engine is: ``name`` for records, ``native_size`` in pixels (width, height)."""
+    """What an opened engine is: ``name`` for records, ``native_size`` in pixels (width, height).
+
+    ``slots`` is how many tasks it can make use of at once.
+    """
 
     name: str
     model: str
     device: str
     native_size: tuple[int, int]
+    slots: int = 1
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -63,13 +77,30 @@ class Notice(msgspec.Struct, frozen=True):
     message: str
 
 
-class Image(msgspec.Struct, frozen=True):
-    """The finished picture, 8-bit RGB, always the last item."""
+class Preview(msgspec.Struct, frozen=True):
+    """What the picture looks like after ``step`` of its ``steps``: 8-bit RGB, small."""
 
+    step: int
+    steps: int
     picture: PillowImage.Image
 
 
-Output = Progress | Notice | Image
+class Checkpoint(msgspec.Struct, frozen=True):
+    """The state after ``step`` of a task's ``steps``, for ``generate`` to go on from; ``data`` is the engine's own."""
+
+    step: int
+    steps: int
+    data: bytes
+
+
+class Image(msgspec.Struct, frozen=True):
+    """The finished picture, 8-bit RGB, always the last item; ``receipt`` tells what made it."""
+
+    picture: PillowImage.Image
+    receipt: Receipt | None = None
+
+
+Output = Progress | Notice | Preview | Checkpoint | Image
 
 
 class Engine(Protocol):
@@ -84,8 +115,19 @@ class Engine(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def generate(self, task: Task, pictures: Pictures) -> AsyncIterator[Output]:
+    def generate(
+        self,
+        task: Task,
+        pictures: Pictures,
+        resume: Checkpoint | None = None,
+        interrupt: asyncio.Event | None = None,
+    ) -> AsyncIterator[Output]:
         """Yield ``Progress`` as work goes on, ``Notice`` where there is one, and last an ``Image``.
+
+        In between come ``Preview``, if the task asks for them, and a ``Checkpoint`` every few seconds of work. Given
+        back as ``resume``, the latter makes the work go on after its step; one that does not fit the task or the model
+        (of another release) is left aside, and the work begins anew. Once ``interrupt`` is set the engine ends after
+        the step in progress: with a last ``Checkpoint``, if it has one to give, and no ``Image``.
 
         Closing the iterator (``aclose``) stops the work within one step and returns only when it
         has stopped; it may be closed at any time, and twice. The first output says that the task's turn

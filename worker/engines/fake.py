@@ -30,7 +30,7 @@ from PIL import Image as PillowImage
 
 from img2img.errors import EngineFailed, ModelRefused
 from img2img.jobs import Stage
-from worker.engines.base import EngineInfo, Image, Output, Pictures, Progress, Task
+from worker.engines.base import Checkpoint, EngineInfo, Image, Output, Pictures, Progress, Task
 
 INFO: Final = EngineInfo("fake", "fake", "cpu", (256, 256))
 DIRECTIVE: Final = re.compile(r"fake:(fail|refuse|step|block|hang|crash)(?:=(\d+(?:\.\d+)?))?")
@@ -62,7 +62,13 @@ class FakeEngine:
     ) -> None:
         """Nothing to close."""
 
-    async def generate(self, task: Task, pictures: Pictures) -> AsyncGenerator[Output]:
+    async def generate(
+        self,
+        task: Task,
+        pictures: Pictures,
+        resume: Checkpoint | None = None,
+        interrupt: asyncio.Event | None = None,
+    ) -> AsyncGenerator[Output]:
         """Yield what a diffusion engine yields for ``task``; see ``Engine.generate``."""
         directives = self._directives(task.prompt)
         if "refuse" in directives:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from img2img.errors import EngineFailed
-from worker.engines.base import EngineInfo, Output, Pictures, Task
+from worker.engines.base import Checkpoint, EngineInfo, Output, Pictures, Task
 from worker.engines.diffusion.model import DiffusionModel, open_model
 from worker.engines.diffusion.painting import paint
 
@@ -57,7 +57,13 @@ class DiffusionEngine:
         if thread is not None:
             await asyncio.to_thread(thread.shutdown, cancel_futures=True)
 
-    async def generate(self, task: Task, pictures: Pictures) -> AsyncGenerator[Output]:
+    async def generate(
+        self,
+        task: Task,
+        pictures: Pictures,
+        resume: Checkpoint | None = None,
+        interrupt: asyncio.Event | None = None,
+    ) -> AsyncGenerator[Output]:
         """Make one picture; see ``Engine.generate``. Closing it waits for the step in progress to end."""
         model, thread = self._opened()
         loop = asyncio.get_running_loop()
