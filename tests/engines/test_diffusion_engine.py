@@ -12,7 +12,7 @@ from img2img.errors import ConfigurationError, EngineFailed
 from img2img.jobs import Stage
 from worker.engines import base
 from worker.engines.base import EngineInfo, Pictures, Progress
-from worker.engines.diffusion import DiffusionEngine, engine
+from worker.engines.diffusion import DiffusionEngine
 from worker.engines.diffusion.model import DiffusionModel
 
 LONG = {"num_steps": 500, "width": 64, "height": 64}
@@ -40,7 +40,7 @@ def forwards(monkeypatch) -> list[str]:
 
 async def test_a_picture_from_the_bundled_model(dog):
     async with DiffusionEngine("emoji-sd", "cpu") as diffusion:
-        assert diffusion.info == EngineInfo("diffusion", "emoji-sd", "cpu", (256, 256))
+        assert diffusion.info == EngineInfo("diffusion", "emoji-sd", "cpu", (256, 256), slots=2)
 
         outputs = await collect(diffusion.generate(task_of(), Pictures(dog)))
 
@@ -59,7 +59,7 @@ async def test_the_model_runs_in_one_thread_of_its_own(opened, forwards):
 
     await asyncio.gather(*tasks)
 
-    assert set(forwards) == {"diffusion_0"}
+    assert set(forwards) == {"diffusion-cpu_0"}
 
 
 async def test_the_event_loop_stays_free(opened):
@@ -142,11 +142,10 @@ async def test_the_next_task_runs_after_one_was_cancelled(opened, forwards):
 
 
 async def test_errors_of_the_thread_arrive_at_the_consumer(opened, monkeypatch):
-    def paint(*_):
-        yield Progress(Stage.ENCODE_TEXT)
+    def encode_text(*_):
         raise EngineFailed("out of luck")
 
-    monkeypatch.setattr(engine, "paint", paint)
+    monkeypatch.setattr(DiffusionModel, "encode_text", encode_text)
 
     with pytest.raises(EngineFailed, match="out of luck"):
         await collect(opened.generate(task_of(), Pictures()))

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from img2img.errors import ConfigurationError
 from worker.engines.diffusion import loading
 from worker.engines.diffusion.loading import SD15, load_checkpoint
-from worker.engines.diffusion.model import open_model, resolve_device
+from worker.engines.diffusion.model import open_model, resolve_devices
 
 
 @pytest.fixture
@@ -234,11 +234,11 @@ def test_a_hub_id_without_a_network(monkeypatch):
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta"])
 def test_a_device_that_cannot_be_used(device):
     with pytest.raises(ConfigurationError, match=f"IMG2IMG_DEVICE={device}.*use auto, cpu, cuda or cuda:1"):
-        resolve_device(device)
+        resolve_devices(device)
 
 
 def test_auto_takes_the_gpu_where_there_is_one():
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_devices("auto")[0].type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_loading_writes_nothing_to_the_terminal():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine_helpers import distance, picture_of, task_of
+from engine_helpers import distance, lane_of, outputs_of, picture_of, submit, task_of, work_until_ended
 from PIL import Image, ImageChops
 
 from img2img.errors import EngineFailed, ModelRefused
@@ -12,7 +12,6 @@ from worker.engines import base
 from worker.engines.base import Pictures, Progress
 from worker.engines.diffusion.loading import load_checkpoint
 from worker.engines.diffusion.model import DiffusionModel, open_model
-from worker.engines.diffusion.painting import paint
 
 
 @pytest.fixture
@@ -111,7 +110,7 @@ def test_tiles_above_1024_pixels_leave_no_seams(emoji, dog):
 
 
 def test_stages_and_steps_are_reported_in_order(emoji, dog):
-    outputs = list(paint(emoji, task_of(num_steps=4, strength=0.75), Pictures(dog)))
+    outputs = outputs_of(emoji, task_of(num_steps=4, strength=0.75), Pictures(dog))
 
     assert [(item.stage, item.step, item.steps) for item in outputs if isinstance(item, Progress)] == [
         (Stage.ENCODE_TEXT, 0, 0),
@@ -127,7 +126,7 @@ def test_stages_and_steps_are_reported_in_order(emoji, dog):
 
 
 def test_text_to_image_takes_every_step_and_encodes_no_picture(tiny):
-    stages = list(paint(tiny, task_of(width=64, height=64, strength=0.5), Pictures()))
+    stages = outputs_of(tiny, task_of(width=64, height=64, strength=0.5))
 
     assert Progress(Stage.ENCODE_IMAGE) not in stages
     assert Progress(Stage.STEPS, 4, 4) in stages
@@ -136,7 +135,7 @@ def test_text_to_image_takes_every_step_and_encodes_no_picture(tiny):
 def test_a_long_prompt_is_cut_with_a_warning(tiny):
     task = task_of(prompt="a lion " * 40, negative_prompt="dog " * 31, width=64, height=64)
 
-    warnings = [item.message for item in paint(tiny, task, Pictures()) if isinstance(item, base.Notice)]
+    warnings = [item.message for item in outputs_of(tiny, task) if isinstance(item, base.Notice)]
 
     assert warnings == [
         "negative_prompt was cut to what the model reads: 30 of its 31 tokens were kept",
@@ -145,7 +144,7 @@ def test_a_long_prompt_is_cut_with_a_warning(tiny):
 
 
 def test_a_prompt_that_just_fits_is_not_cut(tiny):
-    outputs = paint(tiny, task_of(prompt="lion " * 30, width=64, height=64), Pictures())
+    outputs = outputs_of(tiny, task_of(prompt="lion " * 30, width=64, height=64))
 
     assert not [item for item in outputs if isinstance(item, base.Notice)]
 
@@ -172,12 +171,13 @@ def test_a_mask_without_a_picture_is_refused(tiny, right_half):
 
 def test_not_finite_latents_fail_at_their_step(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "predict_noise", lambda latents, *_: torch.full_like(latents, torch.nan))
-    seen = []
+    lane = lane_of(tiny)
+    ordered = submit(lane, task_of(width=64, height=64))
+    work_until_ended(lane, ordered)
 
-    with pytest.raises(EngineFailed, match="Step 1 of 4 gave numbers that are not finite"):
-        seen.extend(paint(tiny, task_of(width=64, height=64), Pictures()))
-
-    assert Progress(Stage.STEPS, 1, 4) not in seen
+    assert isinstance(ordered.error, EngineFailed)
+    assert "Step 1 of 4 gave numbers that are not finite" in str(ordered.error)
+    assert Progress(Stage.STEPS, 1, 4) not in ordered.outputs
 
 
 def test_a_decoder_that_overflows_fails(tiny, monkeypatch):

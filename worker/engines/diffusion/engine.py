@@ -1,61 +1,87 @@
-"""The engine: one thread owns the model, the event loop only receives what it reports."""
+"""The engine: each device has a lane with a thread of its own, the event loop only receives what they report."""
 
 import asyncio
-import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
-from img2img.errors import EngineFailed
+import msgspec
+import torch
+
 from worker.engines.base import Checkpoint, EngineInfo, Output, Pictures, Task
-from worker.engines.diffusion.model import DiffusionModel, open_model
-from worker.engines.diffusion.painting import paint
+from worker.engines.diffusion.batcher import GUIDED_ROWS, Limits
+from worker.engines.diffusion.lane import Intervals, Lane, Order
+from worker.engines.diffusion.model import DiffusionModel, open_model, resolve_devices
+from worker.engines.diffusion.previews import PreviewMap
 
 NAME: Final = "diffusion"
+CUDA_ROWS: Final = 32
+CPU_ROWS: Final = 4
+"""On a CPU a pass takes nearly as long as its rows one by one; a few of them fill the gaps between operations."""
+
+
+class Options(msgspec.Struct, frozen=True):
+    """How the engine works: rows of a pass at the model's own size (0: what suits the device), rows of every pass of
+    reproducible tasks, number format of the networks (auto, float32, bfloat16, float16), and seconds between outputs.
+    """
+
+    max_rows: int = 0
+    reproducible_rows: int = 4
+    precision: str = "auto"
+    intervals: Intervals = Intervals()
 
 
 class DiffusionEngine:
-    """Makes pictures with the checkpoint ``model`` on ``device`` (auto, cpu, cuda, cuda:N).
+    """Makes pictures with the checkpoint ``model`` on ``device`` (auto, cpu, cuda, cuda:N, or several with commas).
 
-    ``model`` is the bundled ``emoji-sd``, a diffusers folder, a ``.safetensors`` file or a hub id. Tasks run
-    one after the other in one thread, however many are asked for at once.
+    ``model`` is the bundled ``emoji-sd``, a diffusers folder, a ``.safetensors`` file or a hub id. Tasks on one device
+    share the passes through its network; a new one goes to the device that has the fewest.
 
-    Entering it raises ``ConfigurationError`` when the checkpoint or the device cannot be used.
+    Entering it raises ``ConfigurationError`` when the checkpoint or a device cannot be used.
     """
 
-    def __init__(self, model: str, device: str = "auto") -> None:
+    def __init__(self, model: str, device: str = "auto", options: Options | None = None) -> None:
         self._source = model
         self._device = device
-        self._thread: ThreadPoolExecutor | None = None
-        self._model: DiffusionModel | None = None
-        self._closing = threading.Event()
+        self._options = options or Options()
+        self._lanes: list[Lane] = []
+        self._threads: list[ThreadPoolExecutor] = []
+        self._running: list[asyncio.Future[None]] = []
 
     @property
     def info(self) -> EngineInfo:
-        model, _ = self._opened()
-        return EngineInfo(NAME, model.name, str(model.device), model.native_size)
+        models = [lane.model for lane in self._opened()]
+        device = ", ".join(str(model.device) for model in models)
+        slots = sum(_limits(model, self._options).max_rows // GUIDED_ROWS for model in models)
+        return EngineInfo(NAME, models[0].name, device, models[0].native_size, slots)
 
     async def __aenter__(self) -> Self:
-        thread = ThreadPoolExecutor(1, thread_name_prefix=NAME)
+        loop = asyncio.get_running_loop()
+        devices = resolve_devices(self._device)
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"{NAME}-{device}") for device in devices]
         try:
-            loop = asyncio.get_running_loop()
-            self._model = await loop.run_in_executor(thread, open_model, self._source, self._device)
+            for thread, device in zip(self._threads, devices, strict=True):
+                lane = await loop.run_in_executor(thread, self._open_lane, device)
+                self._lanes.append(lane)
+                self._running.append(loop.run_in_executor(thread, lane.run))
         except BaseException:
-            thread.shutdown(wait=False, cancel_futures=True)
+            await self.__aexit__(None, None, None)
             raise
-        self._thread = thread
-        self._closing.clear()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        thread, self._thread, self._model = self._thread, None, None
-        self._closing.set()
-        if thread is not None:
-            await asyncio.to_thread(thread.shutdown, cancel_futures=True)
+        """Fail what still runs, and wait for the threads: each ends after the step in progress."""
+        lanes, threads, running = self._lanes, self._threads, self._running
+        self._lanes, self._threads, self._running = [], [], []
+        for lane in lanes:
+            lane.close()
+        await asyncio.gather(*running, return_exceptions=True)
+        for thread in threads:
+            thread.shutdown(wait=False, cancel_futures=True)
 
     async def generate(
         self,
@@ -65,50 +91,72 @@ class DiffusionEngine:
         interrupt: asyncio.Event | None = None,
     ) -> AsyncGenerator[Output]:
         """Make one picture; see ``Engine.generate``. Closing it waits for the step in progress to end."""
-        model, thread = self._opened()
+        lane = min(self._opened(), key=lambda one: one.load)
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[Output | None] = asyncio.Queue()
-        stop = threading.Event()
+        ended: asyncio.Future[None] = loop.create_future()
 
-        def work() -> None:
-            try:
-                with closing(paint(model, task, pictures)) as painting:
-                    for output in painting:
-                        if stop.is_set():
-                            return
-                        if self._closing.is_set():
-                            raise EngineFailed("The worker closed its engine before the picture was done")
-                        loop.call_soon_threadsafe(outputs.put_nowait, output)
-            finally:
-                loop.call_soon_threadsafe(outputs.put_nowait, None)
+        def end(error: Exception | None) -> None:
+            outputs.put_nowait(None)
+            if error is None:
+                ended.set_result(None)
+            else:
+                ended.set_exception(error)
 
-        submitted = thread.submit(work)
-        running = asyncio.wrap_future(submitted)
+        order = Order(
+            task,
+            pictures,
+            resume,
+            interrupt,
+            tell=lambda output: _send(loop, outputs.put_nowait, output),
+            ended=lambda error: _send(loop, end, error),
+        )
+        lane.submit(order)
         try:
             while (output := await outputs.get()) is not None:
                 yield output
-            await asyncio.wait([running])
-            running.result()
+            ended.result()
         finally:
-            stop.set()
-            submitted.cancel()
-            await _settle(running)
+            order.stopped.set()
+            await _settle(ended)
 
-    def _opened(self) -> tuple[DiffusionModel, ThreadPoolExecutor]:
-        if self._model is None or self._thread is None:
+    def _open_lane(self, device: torch.device) -> Lane:
+        model = open_model(self._source, device, self._options.precision)
+        with torch.inference_mode():
+            previews = PreviewMap(model)
+        return Lane(model, _limits(model, self._options), self._options.intervals, previews)
+
+    def _opened(self) -> list[Lane]:
+        if not self._lanes:
             raise RuntimeError("The engine is not open: use it inside 'async with'")
-        return self._model, self._thread
+        return self._lanes
 
 
-async def _settle(running: asyncio.Future[None]) -> None:
-    """Wait until the thread has let go of a task, even if the waiting is itself cancelled meanwhile."""
+def _limits(model: DiffusionModel, options: Options) -> Limits:
+    is_cuda = model.device.type == "cuda"
+    width, height = model.native_size
+    return Limits(
+        max_rows=options.max_rows or (CUDA_ROWS if is_cuda else CPU_ROWS),
+        native_pixels=width * height,
+        fixed_rows=options.reproducible_rows,
+        padded=is_cuda,
+    )
+
+
+def _send(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
+    """Call something in a loop from another thread, unless the loop has ended."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)
+
+
+async def _settle(ended: asyncio.Future[None]) -> None:
+    """Wait until the lane has let go of a task, even if the waiting is itself cancelled meanwhile."""
     cancelled: asyncio.CancelledError | None = None
-    while not running.done():
+    while not ended.done():
         try:
-            await asyncio.wait([running])
+            await asyncio.wait([ended])
         except asyncio.CancelledError as exc:
             cancelled = exc
-    if not running.cancelled():
-        running.exception()  # marks it as seen: whoever closes early does not want it
+    ended.exception()  # marks it as seen: whoever closes early does not want it
     if cancelled is not None:
         raise cancelled

@@ -13,7 +13,7 @@ from PIL import Image
 
 from worker.engines.diffusion.model import VAE_FACTOR, DiffusionModel
 from worker.engines.diffusion.pixels import mask_to_picture
-from worker.engines.diffusion.samplers import Schedule
+from worker.engines.diffusion.samplers import Step
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,9 @@ class Blend:
     noise: torch.Tensor
     mask: torch.Tensor
 
-    def apply(self, latents: torch.Tensor, schedule: Schedule, index: int) -> torch.Tensor:
-        """Put the original back after step ``index``: noised for the next step, clean after the last."""
-        kept = self.original
-        if index + 1 < len(schedule):
-            kept = schedule.add_noise(self.original, self.noise, index + 1)
+    def apply(self, latents: torch.Tensor, step: Step) -> torch.Tensor:
+        """Put the original back into what ``step`` left: noised for the next step, clean after the last."""
+        kept = step.kept * self.original + step.kept_noise * self.noise
         return (1 - self.mask) * kept + self.mask * latents
 
 

@@ -21,6 +21,8 @@ from img2img.errors import ConfigurationError
 BUNDLED: Final = Path(__file__).parents[2] / "models"
 SD15: Final = Path(__file__).parent / "sd15"
 HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+"""The hub's client puts what it downloads into a folder of that name."""
 PICKLES: Final = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 NETWORKS: Final = ("text_encoder", "unet", "vae")
 HUB_FILES: Final = (
@@ -41,9 +43,15 @@ SINGLE_FILE_TENSORS: Final = (
 
 
 class Checkpoint(NamedTuple):
-    """The parts of a checkpoint, on the CPU; diffusers' networks are untyped."""
+    """The parts of a checkpoint, on the CPU; diffusers' networks are untyped.
+
+    ``weights`` are SHA-256 by network (of a single file: ``checkpoint``); ``revision`` is the hub's commit, or a digest
+    of the weights.
+    """
 
     name: str
+    revision: str
+    weights: dict[str, str]
     tokenizer: Any
     text_encoder: Any
     unet: Any
@@ -104,8 +112,11 @@ def _download(hub_id: str) -> Path:
 def _load_folder(folder: Path, name: str, source: str) -> Checkpoint:
     index = json.loads((folder / "model_index.json").read_text())
     vae = AutoencoderTiny if index["vae"][1] == "AutoencoderTiny" else AutoencoderKL
+    weights = {network: _check_weights(folder / network, source) for network in NETWORKS}
     return Checkpoint(
         name=name,
+        revision=folder.name if HUB_COMMIT.fullmatch(folder.name) else _revision(weights),
+        weights=weights,
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         text_encoder=_load_network(CLIPTextModel, folder / "text_encoder", source),
         # Without accelerate, diffusers would only warn that it cannot load the frugal way.
@@ -119,7 +130,7 @@ def _load_network(kind: Any, folder: Path, source: str, **options: Any) -> Any:
     """Load one network; the libraries would fill weights that are missing with random numbers."""
     network, report = kind.from_pretrained(
         folder,
-        variant=_check_weights(folder, source),
+        variant=_variant(folder),
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
@@ -136,7 +147,7 @@ def _load_file(path: Path, source: str) -> Checkpoint:
     That folder is ``<stem>/`` or ``config/`` beside the file, else Stable Diffusion 1.5's, which the package
     carries. diffusers would fetch it from the hub even with ``local_files_only``.
     """
-    _check_digest(path, source)
+    digest = _check_digest(path, source)
     with safe_open(path, framework="pt") as tensors:
         missing = [name for name in SINGLE_FILE_TENSORS if name not in tensors.keys()]  # noqa: SIM118
         if missing:
@@ -161,6 +172,8 @@ def _load_file(path: Path, source: str) -> Checkpoint:
     )
     return Checkpoint(
         name=path.stem,
+        revision=_revision({"checkpoint": digest}),
+        weights={"checkpoint": digest},
         tokenizer=pipeline.tokenizer,
         text_encoder=pipeline.text_encoder,
         unet=unet,
@@ -169,29 +182,38 @@ def _load_file(path: Path, source: str) -> Checkpoint:
     )
 
 
-def _check_weights(folder: Path, source: str) -> str | None:
-    """Check a network's weight files; the variant to load is None, or "fp16" where there is no other."""
+def _check_weights(folder: Path, source: str) -> str:
+    """Check a network's weight files; answers with the SHA-256 of those that are loaded."""
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
         if pickles:
             raise _pickled(source, f"{folder.name}/{pickles[0]}")
         raise _refused(source, f"has no weights in {folder.name}/: a .safetensors file belongs there")
-    for path in weights:
-        _check_digest(path, source)
-    return "fp16" if all(".fp16." in path.name for path in weights) else None
+    digests = {path: _check_digest(path, source) for path in weights}
+    variant = _variant(folder)
+    loaded = [digest for path, digest in digests.items() if (".fp16." in path.name) == (variant == "fp16")]
+    return loaded[0] if len(loaded) == 1 else hashlib.sha256("".join(loaded).encode()).hexdigest()
 
 
-def _check_digest(path: Path, source: str) -> None:
-    """Compare ``path`` with the SHA-256 in ``<path>.sha256`` (the digest, or sha256sum's line), if there."""
-    sidecar = path.with_name(f"{path.name}.sha256")
-    if not sidecar.is_file():
-        return
-    expected = sidecar.read_text().split()[:1]
+def _variant(folder: Path) -> str | None:
+    """The variant of a network's weights to load: None, or "fp16" where there is no other."""
+    return "fp16" if all(".fp16." in path.name for path in folder.glob("*.safetensors")) else None
+
+
+def _check_digest(path: Path, source: str) -> str:
+    """The SHA-256 of ``path``, which must be that in ``<path>.sha256`` (the digest, or sha256sum's line), if there."""
     with path.open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if expected != [actual]:
+    sidecar = path.with_name(f"{path.name}.sha256")
+    if sidecar.is_file() and sidecar.read_text().split()[:1] != [actual]:
         raise _refused(source, f"does not match {sidecar.name}: fetch it again, its SHA-256 is {actual}")
+    return actual
+
+
+def _revision(weights: dict[str, str]) -> str:
+    """A short name for weights that have no commit."""
+    return hashlib.sha256("".join(weights[network] for network in sorted(weights)).encode()).hexdigest()[:12]
 
 
 def _check_shape(checkpoint: Checkpoint, source: str) -> None:

@@ -1,12 +1,12 @@
-"""One task from prompt to picture, step by step, in the thread that owns the model.
+"""One task from prompt to picture: everything but the steps, which many tasks take together.
 
-Random numbers are drawn in diffusers' order from one CPU generator (VAE sample, noise, masked picture's VAE
-sample, sampler noise), so that a seed gives the picture that diffusers' pipelines give.
+Random numbers are drawn in diffusers' order from one CPU generator (VAE sample, noise, masked picture's VAE sample,
+sampler noise), all of them before the first step, so that a seed gives the picture that diffusers' pipelines give,
+whatever else is made meanwhile, and a task that is resumed needs no generator's state.
 """
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import structlog
 import torch
@@ -15,51 +15,47 @@ from PIL import Image as PillowImage
 from img2img.errors import EngineFailed, Img2ImgError, ModelRefused
 from img2img.jobs import Stage
 from worker.engines import base
-from worker.engines.base import Image, Output, Pictures, Progress, Task
+from worker.engines.base import Checkpoint, Image, Output, Pictures, Progress, Task
+from worker.engines.diffusion.checkpoints import restore
 from worker.engines.diffusion.inpainting import Blend, extra_channels, paste, shrink_mask
 from worker.engines.diffusion.model import VAE_FACTOR, DiffusionModel
 from worker.engines.diffusion.pixels import fit, mask_to_pixels, picture_to_pixels, pixels_to_picture
-from worker.engines.diffusion.samplers import Schedule, build_schedule, count_steps, guide
+from worker.engines.diffusion.receipts import make_receipt
+from worker.engines.diffusion.samplers import Schedule, count_steps
+from worker.engines.diffusion.sampling import Sampling
 
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Canvas:
-    """Where sampling starts: ``latents`` (1, 4, h, w), and with a mask what the UNet or the steps need."""
-
-    latents: torch.Tensor
-    extra: torch.Tensor | None = None
-    blend: Blend | None = None
-
-
-def paint(model: DiffusionModel, task: Task, pictures: Pictures) -> Generator[Output]:
+def paint(
+    model: DiffusionModel, task: Task, pictures: Pictures, resume: Checkpoint | None = None, rows: int | None = None
+) -> Generator[Output | Sampling]:
     """Make the picture of ``task``; closing the iterator between two items ends the work.
+
+    Its one ``Sampling`` is yielded when its first step can be taken: whoever iterates takes the steps, and goes on when
+    they are done. ``rows`` is how many rows each pass will have, for the receipt, where that is fixed.
 
     Raises:
         ModelRefused: strength times steps is less than one step, or a mask came without a picture.
         EngineFailed: out of memory, numbers that are not finite, or anything else torch reports.
     """
-    with _translated_errors(task, model.device), torch.inference_mode():
+    with translated_errors(task, model.device):
         _check(task, pictures)
         yield Progress(Stage.ENCODE_TEXT)
         embeddings, warnings = _encode_prompts(model, task)
         yield from warnings
-        strength = 1.0 if pictures.image is None else task.strength
-        schedule = build_schedule(task.sampler, model.scheduler_config, task.num_steps, strength, model.device)
         image, mask = _fit_inputs(task, pictures)
         if image is not None:
             yield Progress(Stage.ENCODE_IMAGE)
-        generator = torch.Generator().manual_seed(task.seed)
-        canvas = _prepare(model, task, schedule, image, mask, generator)
-        yield Progress(Stage.STEPS, 0, len(schedule))
-        latents = canvas.latents
-        for index in range(len(schedule)):
-            latents = _step(model, schedule, canvas, embeddings, latents, index, task.guidance, generator)
-            yield Progress(Stage.STEPS, index + 1, len(schedule))
+        sampling = _begin(model, task, embeddings, image, mask)
+        if resume is not None:
+            restore(sampling, resume, task, model)
+        yield Progress(Stage.STEPS, sampling.step, sampling.steps)
+        yield sampling
         yield Progress(Stage.DECODE_IMAGE)
-        picture = _decode(model, latents)
-        yield Image(picture if image is None or mask is None else paste(picture, image, mask))
+        picture = _decode(model, sampling.latents)
+        picture = picture if image is None or mask is None else paste(picture, image, mask)
+        yield Image(picture, make_receipt(model, sampling.schedule, picture, rows))
 
 
 def _check(task: Task, pictures: Pictures) -> None:
@@ -91,15 +87,16 @@ def _fit_inputs(task: Task, pictures: Pictures) -> tuple[PillowImage.Image | Non
     return image, mask
 
 
-def _prepare(
+def _begin(
     model: DiffusionModel,
     task: Task,
-    schedule: Schedule,
+    embeddings: torch.Tensor,
     image: PillowImage.Image | None,
     mask: torch.Tensor | None,
-    generator: torch.Generator,
-) -> Canvas:
-    """Draw the noise and encode the input; without a mask a 9-channel UNet regenerates everything."""
+) -> Sampling:
+    """Draw all of the noise and encode the input; without a mask a 9-channel UNet regenerates everything."""
+    generator = torch.Generator().manual_seed(task.seed)
+    schedule = model.samplers.schedule(task.sampler, task.num_steps, 1.0 if image is None else task.strength)
     pixels = torch.zeros(1, 3, task.height, task.width) if image is None else picture_to_pixels(image)
     if mask is None and model.is_inpainting:
         mask = torch.ones(1, 1, task.height, task.width)
@@ -110,45 +107,29 @@ def _prepare(
         original = model.encode_picture(pixels, generator)
     shape = (1, 4, task.height // VAE_FACTOR, task.width // VAE_FACTOR)
     noise = model.draw_noise(shape, generator)
-    start = None if from_noise else original
-    latents = schedule.pure_noise(noise) if start is None else schedule.add_noise(start, noise, 0)
+    if from_noise or original is None:
+        latents = schedule.pure_noise * noise
+    else:
+        latents = schedule.start_clean * original + schedule.start_noise * noise
+    sampling = Sampling(schedule, embeddings, task.guidance, latents)
     if mask is not None and model.is_inpainting:
-        return Canvas(latents, extra=extra_channels(model, pixels, mask, generator))
-    if mask is None or original is None:
-        return Canvas(latents)
-    if model.samples_latents:
-        # diffusers encodes the masked picture here too and has no use for it; only its draw matters.
-        model.draw_noise(shape, generator)
-    return Canvas(latents, blend=Blend(original, noise, shrink_mask(mask).to(model.device)))
+        sampling.extra = extra_channels(model, pixels, mask, generator)
+    elif mask is not None and original is not None:
+        if model.samples_latents:
+            # diffusers encodes the masked picture here too and has no use for it; only its draw matters.
+            model.draw_noise(shape, generator)
+        sampling.blend = Blend(original, noise, shrink_mask(mask).to(model.device))
+    sampling.noises = _step_noises(model, schedule, shape, generator)
+    return sampling
 
 
-def _step(
-    model: DiffusionModel,
-    schedule: Schedule,
-    canvas: Canvas,
-    embeddings: torch.Tensor,
-    latents: torch.Tensor,
-    index: int,
-    guidance: float,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    rows = len(embeddings)
-    inputs = schedule.scale_input(latents.repeat(rows, 1, 1, 1), index)
-    if canvas.extra is not None:
-        inputs = torch.cat([inputs, canvas.extra.repeat(rows, 1, 1, 1)], dim=1)
-    prediction = model.predict_noise(inputs, schedule.timestep(index), embeddings)
-    if rows == 2:
-        prediction = guide(prediction, guidance)
-    latents = schedule.step(prediction, latents, index, generator)
-    if canvas.blend is not None:
-        latents = canvas.blend.apply(latents, schedule, index)
-    # This also waits for the device, so progress and cancellation are never ahead of the work.
-    if not torch.isfinite(latents).all():
-        raise EngineFailed(
-            f"Step {index + 1} of {len(schedule)} gave numbers that are not finite: lower guidance, or use "
-            "another sampler"
-        )
-    return latents
+def _step_noises(
+    model: DiffusionModel, schedule: Schedule, shape: tuple[int, ...], generator: torch.Generator
+) -> torch.Tensor | None:
+    """What the sampler will draw, step by step: (steps, 4, h, w)."""
+    if not schedule.draws_noise:
+        return None
+    return torch.cat([model.draw_noise(shape, generator) for _ in schedule.steps])
 
 
 def _decode(model: DiffusionModel, latents: torch.Tensor) -> PillowImage.Image:
@@ -158,15 +139,19 @@ def _decode(model: DiffusionModel, latents: torch.Tensor) -> PillowImage.Image:
     return pixels_to_picture(pixels)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
-def _translated_errors(task: Task, device: torch.device) -> Iterator[None]:
+def translated_errors(task: Task, device: torch.device) -> Iterator[None]:
     """Turn what torch and diffusers raise into the service's errors."""
     try:
         yield
     except Img2ImgError:
         raise
     except Exception as exc:
-        if isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc):
+        if is_out_of_memory(exc):
             raise EngineFailed(
                 f"{device} ran out of memory at {task.width}x{task.height}: ask for a smaller picture"
             ) from exc

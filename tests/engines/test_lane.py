@@ -1,0 +1,422 @@
+"""Many tasks in one lane: each gets what it would get alone, whatever comes, goes or breaks beside it."""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from engine_helpers import EVERY_STEP, LIMITS, Ordered, distance, furthest, lane_of, submit, task_of, work_until_ended
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from img2img.errors import EngineFailed
+from img2img.jobs import Stage
+from img2img.requests import Sampler
+from worker.engines import base
+from worker.engines.base import Checkpoint, Pictures, Preview, Progress, Task
+from worker.engines.diffusion.batcher import Limits
+from worker.engines.diffusion.lane import Intervals, Lane
+from worker.engines.diffusion.model import DiffusionModel, open_model
+
+DOG = Path(__file__).parents[2] / "examples" / "dog.png"
+SMALL = {"width": 64, "height": 64}
+TALL = {"width": 64, "height": 72}
+
+
+def catalogue() -> list[tuple[Task, Pictures]]:
+    """Tasks that differ in everything in which tasks can differ."""
+    dog = Image.open(DOG).convert("RGB").resize((64, 64))
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (10, 13, 50, 60))
+    texts = [
+        (task_of(**size, sampler=sampler, num_steps=steps, guidance=guidance, seed=steps, strength=1.0), Pictures())
+        for sampler, steps, guidance, size in (
+            (Sampler.DPMPP_2M, 5, 5.0, SMALL),
+            (Sampler.DDIM, 3, 1.0, SMALL),
+            (Sampler.EULER, 6, 7.5, TALL),
+            (Sampler.EULER_A, 4, 3.0, SMALL),
+        )
+    ]
+    pictures = [
+        (task_of(**SMALL, sampler=sampler, num_steps=7, strength=strength, guidance=guidance), Pictures(dog, masked))
+        for sampler, strength, guidance, masked in (
+            (Sampler.DPMPP_2M, 0.9, 3.5, None),
+            (Sampler.EULER_A, 0.6, 1.0, mask),
+            (Sampler.DDIM, 1.0, 4.0, mask),
+            (None, 0.5, 2.0, mask),
+        )
+    ]
+    return texts + pictures
+
+
+def reproducible(task: Task) -> Task:
+    return msgspec.structs.replace(task, reproducible=True)
+
+
+@dataclass
+class Studio:
+    """A model, and what each task of the catalogue becomes alone: as usual, and in passes of fixed rows."""
+
+    model: DiffusionModel
+    tasks: list[tuple[Task, Pictures]]
+    alone: list[base.Image]
+    fixed: list[base.Image]
+
+
+@pytest.fixture(scope="module", params=["tiny_4_channel_folder", "tiny_9_channel_folder"])
+def studio(request: pytest.FixtureRequest) -> Studio:
+    model = open_model(str(request.getfixturevalue(request.param)), "cpu")
+    tasks = catalogue()
+    alone = [solo(model, task, pictures) for task, pictures in tasks]
+    fixed = [solo(model, reproducible(task), pictures) for task, pictures in tasks]
+    return Studio(model, tasks, alone, fixed)
+
+
+@pytest.fixture
+def tiny(tiny_4_channel_folder: Path) -> DiffusionModel:
+    """A model of its own for each test, so that a test may break it."""
+    return open_model(str(tiny_4_channel_folder), "cpu")
+
+
+def solo(model: DiffusionModel, task: Task, pictures: Pictures) -> base.Image:
+    lane = lane_of(model)
+    ordered = submit(lane, task, pictures)
+    work_until_ended(lane, ordered)
+    return ordered.image
+
+
+def test_together_as_alone_to_rounding(studio: Studio) -> None:
+    lane = lane_of(studio.model)
+    ordered = [submit(lane, task, pictures) for task, pictures in studio.tasks]
+    work_until_ended(lane, *ordered)
+
+    for one, expected in zip(ordered, studio.alone, strict=True):
+        assert furthest(one.image.picture, expected.picture) <= 1
+
+
+def test_reproducible_tasks_together_as_alone_to_the_byte(studio: Studio) -> None:
+    """Beside each other, and beside others that fill up their passes."""
+    lane = lane_of(studio.model)
+    ordered = [submit(lane, reproducible(task), pictures) for task, pictures in studio.tasks]
+    others = [submit(lane, task, pictures) for task, pictures in studio.tasks]
+    work_until_ended(lane, *ordered, *others)
+
+    for one, expected in zip(ordered, studio.fixed, strict=True):
+        assert one.image.picture.tobytes() == expected.picture.tobytes()
+        assert one.image.receipt == expected.receipt
+    for one, expected in zip(others, studio.alone, strict=True):
+        assert furthest(one.image.picture, expected.picture) <= 1
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("join"), st.integers(0, 7), st.booleans()),
+    st.tuples(st.just("turn"), st.integers(1, 4), st.none()),
+    st.tuples(st.just("cancel"), st.integers(0, 30), st.none()),
+    st.tuples(st.just("interrupt"), st.integers(0, 30), st.none()),
+)
+
+
+@dataclass
+class Visit:
+    """A task of the catalogue in a random schedule."""
+
+    index: int
+    is_reproducible: bool
+    interrupt: asyncio.Event
+    ordered: Ordered
+
+
+class Schedule:
+    """A lane in which tasks come, go, and are resumed as a list of actions says."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+        self._lane = lane_of(studio.model)
+        self._visits: list[Visit] = []
+
+    def play(self, actions: list[tuple[str, int, bool | None]]) -> None:
+        for action, number, flag in actions:
+            live = [visit for visit in self._visits if not visit.ordered.ended]
+            if action == "join":
+                self._join(number, bool(flag))
+            elif action == "turn":
+                self._turn(number)
+            elif live:
+                self._stop(live[number % len(live)], resumed=action == "interrupt")
+        work_until_ended(self._lane, *(visit.ordered for visit in self._visits))
+
+    def _join(self, index: int, is_reproducible: bool, resume: Checkpoint | None = None) -> None:
+        task, pictures = self._studio.tasks[index]
+        interrupt = asyncio.Event()
+        task = reproducible(task) if is_reproducible else task
+        ordered = submit(self._lane, task, pictures, resume, interrupt)
+        self._visits.append(Visit(index, is_reproducible, interrupt, ordered))
+
+    @torch.inference_mode()
+    def _turn(self, times: int) -> None:
+        for _ in range(times):
+            if all(visit.ordered.ended for visit in self._visits):
+                return
+            self._lane.turn()
+
+    def _stop(self, visit: Visit, *, resumed: bool) -> None:
+        self._visits.remove(visit)
+        if not resumed:
+            visit.ordered.order.stopped.set()
+        visit.interrupt.set()
+        work_until_ended(self._lane, visit.ordered)
+        assert visit.ordered.error is None
+        if resumed:
+            left = visit.ordered.checkpoints
+            self._join(visit.index, visit.is_reproducible, left[-1] if left else None)
+
+    def check(self) -> None:
+        for visit in self._visits:
+            made = visit.ordered.image.picture
+            if visit.is_reproducible:
+                assert made.tobytes() == self._studio.fixed[visit.index].picture.tobytes()
+            else:
+                assert furthest(made, self._studio.alone[visit.index].picture) <= 1
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(actions=st.lists(ACTIONS, min_size=3, max_size=25))
+def test_any_schedule_gives_each_task_its_own_picture(studio: Studio, actions: list) -> None:
+    schedule = Schedule(studio)
+    schedule.play(actions)
+    schedule.check()
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_resumed_from_any_step_to_the_byte(studio: Studio, index: int) -> None:
+    task, pictures = studio.tasks[index]
+    lane = lane_of(studio.model)
+    whole = submit(lane, reproducible(task), pictures)
+    work_until_ended(lane, whole)
+
+    assert [checkpoint.step for checkpoint in whole.checkpoints] == list(range(1, whole.checkpoints[0].steps))
+    for checkpoint in whole.checkpoints:
+        elsewhere = lane_of(studio.model)
+        resumed = submit(elsewhere, reproducible(task), pictures, checkpoint)
+        work_until_ended(elsewhere, resumed)
+        first = next(o for o in resumed.outputs if isinstance(o, Progress) and o.stage == Stage.STEPS)
+        assert first.step == checkpoint.step
+        assert resumed.image.picture.tobytes() == studio.fixed[index].picture.tobytes()
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 99}, {"prompt": "a panda"}, {"reproducible": True}, {"width": 128}, {"num_steps": 6}], ids=str
+)
+def test_a_checkpoint_of_another_task_is_left_aside(tiny: DiffusionModel, change: dict[str, object]) -> None:
+    task = task_of(**SMALL, num_steps=5)
+    other = msgspec.structs.replace(task, **change)
+    lane = lane_of(tiny)
+    source = submit(lane, task)
+    work_until_ended(lane, source)
+    resumed = submit(lane, other, resume=source.checkpoints[-1])
+    work_until_ended(lane, resumed)
+
+    assert Progress(Stage.STEPS, 1, other.num_steps) in resumed.outputs
+    assert resumed.image.picture.tobytes() == solo(tiny, other, Pictures()).picture.tobytes()
+
+
+def test_a_damaged_checkpoint_is_left_aside(tiny: DiffusionModel) -> None:
+    lane = lane_of(tiny)
+    resumed = submit(lane, task_of(**SMALL), resume=Checkpoint(2, 4, b"no such thing"))
+    work_until_ended(lane, resumed)
+
+    assert Progress(Stage.STEPS, 1, 4) in resumed.outputs
+
+
+def test_a_new_task_joins_at_the_next_step(tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    predict_noise = DiffusionModel.predict_noise
+
+    def record(self: DiffusionModel, latents: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        rows.append(len(latents))
+        return predict_noise(self, latents, *rest)
+
+    monkeypatch.setattr(DiffusionModel, "predict_noise", record)
+    lane = lane_of(tiny)
+    first = submit(lane, task_of(**SMALL, num_steps=20))
+    with torch.inference_mode():
+        while len(rows) < 3:
+            lane.turn()
+        lane._pass_seconds = 60.0
+        second = submit(lane, task_of(**SMALL, num_steps=2, guidance=1.0))
+        lane.turn()
+
+    assert rows == [2, 2, 2, 3]
+    work_until_ended(lane, first, second)
+    assert rows[4] == 3
+    assert set(rows[5:]) == {2}
+
+
+def test_numbers_that_are_not_finite_fail_their_task_alone(
+    tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict_noise = DiffusionModel.predict_noise
+
+    def spoil(self: DiffusionModel, latents: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        output = predict_noise(self, latents, *rest)
+        output[0] = torch.nan
+        return output
+
+    lane = lane_of(tiny)
+    spoilt, sound = submit(lane, task_of(**SMALL, deadline=1.0)), submit(lane, task_of(**SMALL, deadline=2.0))
+    with torch.inference_mode():
+        lane._pass_seconds = 60.0
+        with monkeypatch.context() as patch:
+            patch.setattr(DiffusionModel, "predict_noise", spoil)
+            lane.turn()
+    work_until_ended(lane, spoilt, sound)
+
+    assert isinstance(spoilt.error, EngineFailed)
+    assert "Step 1 of 4 gave numbers that are not finite" in str(spoilt.error)
+    assert furthest(sound.image.picture, solo(tiny, task_of(**SMALL), Pictures()).picture) <= 1
+
+
+def test_an_error_in_a_pass_fails_the_task_that_causes_it_alone(
+    tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict_noise = DiffusionModel.predict_noise
+
+    def fail(self: DiffusionModel, latents: torch.Tensor, timesteps: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if len(latents) % 2:
+            raise RuntimeError("an unguided job is too much for this model")
+        return predict_noise(self, latents, timesteps, *rest)
+
+    monkeypatch.setattr(DiffusionModel, "predict_noise", fail)
+    lane = lane_of(tiny)
+    culprit, sound = submit(lane, task_of(**SMALL, guidance=1.0)), submit(lane, task_of(**SMALL))
+    work_until_ended(lane, culprit, sound)
+
+    assert isinstance(culprit.error, EngineFailed)
+    assert isinstance(sound.image, base.Image)
+
+
+def test_out_of_memory_makes_passes_smaller_and_fails_nobody(
+    tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict_noise = DiffusionModel.predict_noise
+    rows: list[int] = []
+
+    def fill(self: DiffusionModel, latents: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        rows.append(len(latents))
+        if len(latents) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict_noise(self, latents, *rest)
+
+    monkeypatch.setattr(DiffusionModel, "predict_noise", fill)
+    lane = lane_of(tiny)
+    ordered = [submit(lane, task_of(**SMALL, seed=seed)) for seed in range(4)]
+    work_until_ended(lane, *ordered)
+
+    assert [one.error for one in ordered] == [None] * 4
+    assert sum(count > 3 for count in rows) <= 2
+
+
+def test_a_task_that_does_not_fit_alone_fails_and_says_what_to_do(
+    tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict_noise = DiffusionModel.predict_noise
+
+    def fill(self: DiffusionModel, latents: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if latents.shape[-1] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict_noise(self, latents, *rest)
+
+    monkeypatch.setattr(DiffusionModel, "predict_noise", fill)
+    lane = lane_of(tiny)
+    large, small = submit(lane, task_of(width=128, height=128)), submit(lane, task_of(**SMALL))
+    work_until_ended(lane, large, small)
+
+    assert isinstance(large.error, EngineFailed)
+    assert "ask for a smaller picture" in str(large.error)
+    assert small.error is None
+
+
+def test_a_stopped_task_takes_no_further_step_and_says_nothing(tiny: DiffusionModel) -> None:
+    lane = lane_of(tiny)
+    stopped, other = submit(lane, task_of(**SMALL, num_steps=20)), submit(lane, task_of(**SMALL, num_steps=20))
+    with torch.inference_mode():
+        while Progress(Stage.STEPS, 3, 20) not in stopped.outputs:
+            lane.turn()
+        stopped.order.stopped.set()
+        said = len(stopped.outputs)
+        lane.turn()
+
+    assert stopped.ended
+    assert stopped.error is None
+    assert len(stopped.outputs) == said
+    work_until_ended(lane, other)
+
+
+def test_an_interrupted_task_ends_with_a_checkpoint_where_it_has_begun(tiny: DiffusionModel) -> None:
+    interrupt = asyncio.Event()
+    lane = lane_of(tiny, intervals=Intervals(checkpoint=0.0))
+    begun, waiting = submit(lane, task_of(**SMALL, num_steps=20), interrupt=interrupt), None
+    with torch.inference_mode():
+        while Progress(Stage.STEPS, 3, 20) not in begun.outputs:
+            lane.turn()
+        waiting = submit(lane, task_of(**SMALL), interrupt=interrupt)
+        interrupt.set()
+        lane.turn()
+
+    assert begun.ended
+    assert begun.outputs[-1] == begun.checkpoints[-1]
+    assert begun.checkpoints[-1].step == 3
+    assert waiting.ended
+    assert waiting.outputs == []
+
+
+def test_previews_come_when_asked_for_and_look_like_the_picture(emoji: DiffusionModel) -> None:
+    lane = lane_of(emoji, Limits(4, 256 * 256))
+    asked, plain = submit(lane, task_of(previews=True, num_steps=8)), submit(lane, task_of(prompt="rocket"))
+    work_until_ended(lane, asked, plain)
+
+    previews = [output for output in asked.outputs if isinstance(output, Preview)]
+    assert [preview.step for preview in previews] == list(range(1, 8))
+    assert not [output for output in plain.outputs if isinstance(output, Preview)]
+    assert previews[-1].picture.size == (32, 32)
+    own, other = (one.image.picture.resize((32, 32), Image.Resampling.BOX) for one in (asked, plain))
+    assert distance(previews[-1].picture, own) < 24
+    assert distance(previews[-1].picture, own) < distance(previews[-1].picture, other) / 2
+
+
+def test_closing_fails_what_is_left(tiny: DiffusionModel) -> None:
+    lane = lane_of(tiny)
+    begun, waiting = submit(lane, task_of(**SMALL, num_steps=20)), None
+    with torch.inference_mode():
+        for _ in range(3):
+            lane.turn()
+    waiting = submit(lane, task_of(**SMALL))
+    lane.close()
+    lane.run()
+
+    for one in (begun, waiting):
+        assert isinstance(one.error, EngineFailed)
+        assert "closed its engine" in str(one.error)
+
+
+def test_a_receipt_tells_what_made_the_picture(studio: Studio) -> None:
+    usual, fixed = studio.alone[0].receipt, studio.fixed[0].receipt
+
+    assert usual is not None
+    assert fixed is not None
+    assert (usual.rows, fixed.rows) == (None, LIMITS.fixed_rows)
+    assert (fixed.sampler, fixed.steps, fixed.precision) == ("dpmpp_2m", 5, "float32")
+    assert fixed.pixels_sha256 == base.pixels_digest(studio.fixed[0].picture)
+    assert set(fixed.weights) == {"text_encoder", "unet", "vae"}
+    assert {"torch", "diffusers", "img2img"} <= set(fixed.versions)
+
+
+def test_a_lane_that_idles_waits_for_orders(tiny: DiffusionModel) -> None:
+    lane: Lane = lane_of(tiny, intervals=EVERY_STEP)
+    lane.close()
+    lane.turn()
+
+    assert lane.load == 0

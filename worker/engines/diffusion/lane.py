@@ -1,0 +1,251 @@
+"""One device: a thread that owns its model and makes pictures for many tasks at once, a step of several at a time.
+
+The loop is: take in what has come, let go of what was stopped, do for single tasks what they need alone (encoding
+prompt and picture, decoding the result) for about as long as a step takes, take one step of a batch. So a stop takes
+effect within one step, a new task joins at the next, and what others need alone makes nobody's steps much longer than
+double.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import structlog
+import torch
+
+from img2img.errors import EngineFailed, Img2ImgError
+from img2img.jobs import Stage
+from worker.engines.base import Checkpoint, Output, Pictures, Preview, Progress, Task
+from worker.engines.diffusion.batcher import Batcher, Entry, Limits, Pass
+from worker.engines.diffusion.checkpoints import save
+from worker.engines.diffusion.model import DiffusionModel
+from worker.engines.diffusion.painting import is_out_of_memory, paint, translated_errors
+from worker.engines.diffusion.previews import PreviewMap
+from worker.engines.diffusion.sampling import Sampling, advance
+
+CLOSED: Final = "The worker closed its engine before the picture was done"
+
+log = structlog.get_logger(__name__)
+
+
+class Intervals(msgspec.Struct, frozen=True):
+    """Seconds of work between a task's checkpoints (0: none but the last) and between its previews."""
+
+    checkpoint: float = 5.0
+    preview: float = 1.0
+
+
+@dataclass(eq=False)
+class Order:
+    """A task in the lane. ``tell`` is called in the lane's thread with its outputs, and at its end with how it ended:
+    None (done, stopped or interrupted) or the error."""
+
+    task: Task
+    pictures: Pictures
+    resume: Checkpoint | None
+    interrupt: asyncio.Event | None
+    tell: Callable[[Output], None]
+    ended: Callable[[Exception | None], None]
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def is_interrupted(self) -> bool:
+        return self.interrupt is not None and self.interrupt.is_set()
+
+
+@dataclass(eq=False)
+class _Work:
+    """An order that was taken in: its generator, and while it samples its sampling and its place in the batcher."""
+
+    order: Order
+    steps: Generator[Output | Sampling]
+    sampling: Sampling | None = None
+    entry: Entry | None = None
+    checkpointed: float = field(default_factory=time.monotonic)
+    previewed: float = 0.0
+
+
+class Lane:
+    """Runs in the thread that calls :meth:`run`; ``submit``, ``close`` and ``load`` may be called from any thread."""
+
+    def __init__(self, model: DiffusionModel, limits: Limits, intervals: Intervals, previews: PreviewMap) -> None:
+        self.model = model
+        self._limits = limits
+        self._intervals = intervals
+        self._previews = previews
+        self._inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._batcher = Batcher(limits)
+        self._alone: deque[_Work] = deque()
+        """Those that need something for themselves, in turn."""
+        self._sampling: dict[Entry, _Work] = {}
+        self._closing = False
+        self._pass_seconds = 0.0
+        """What the last pass took."""
+
+    def submit(self, order: Order) -> None:
+        """Take in an order; it ends by ``order.ended``."""
+        self._inbox.put(order)
+
+    def close(self) -> None:
+        """Fail what is there and let :meth:`run` return, after the step in progress."""
+        self._closing = True
+        self._inbox.put(None)
+
+    @property
+    def load(self) -> int:
+        """How many orders are under way, roughly."""
+        return len(self._alone) + len(self._sampling) + self._inbox.qsize()
+
+    def run(self) -> None:
+        """Work until :meth:`close`."""
+        with torch.inference_mode():
+            while not self._closing:
+                self.turn()
+        self._drain()
+
+    def turn(self) -> None:
+        """Come round once: take in, let go, serve, step. With nothing to do it waits for an order."""
+        self._take_in()
+        self._let_go()
+        self._serve_alone()
+        if (batch := self._batcher.pick(time.monotonic())) is not None:
+            self._step(batch)
+
+    def _take_in(self) -> None:
+        """Begin with what has come; with nothing else to do, wait for it."""
+        while self._inbox.qsize() or not (self._alone or self._sampling or self._closing):
+            order = self._inbox.get()
+            if order is None:
+                return
+            rows = self._limits.fixed_rows if order.task.reproducible else None
+            steps = paint(self.model, order.task, order.pictures, order.resume, rows)
+            self._alone.append(_Work(order, steps))
+
+    def _let_go(self) -> None:
+        """End what was told to stop; an interrupted task leaves a checkpoint first, if it has begun to sample."""
+        for work in [*self._alone, *self._sampling.values()]:
+            order = work.order
+            if not (order.stopped.is_set() or order.is_interrupted):
+                continue
+            if not order.stopped.is_set() and work.sampling is not None and work.sampling.step > 0:
+                order.tell(save(work.sampling, order.task, self.model))
+            self._end(work, None)
+
+    def _serve_alone(self) -> None:
+        """Do what single tasks need for themselves, for about as long as the last step took."""
+        until = time.monotonic() + self._pass_seconds
+        while self._alone:
+            self._serve(self._alone.popleft())
+            if time.monotonic() >= until:
+                return
+
+    def _serve(self, work: _Work) -> None:
+        """Go on with one task up to its next output."""
+        try:
+            output = next(work.steps, None)
+        except Exception as exc:
+            self._end(work, exc)
+            return
+        match output:
+            case None:
+                self._end(work, None)
+            case Sampling():
+                self._begin_sampling(work, output)
+            case _:
+                work.order.tell(output)
+                self._alone.appendleft(work)
+
+    def _begin_sampling(self, work: _Work, sampling: Sampling) -> None:
+        task = work.order.task
+        left = sampling.steps - sampling.step
+        work.sampling = sampling
+        work.entry = Entry((task.width, task.height), sampling.rows, left, task.deadline, task.reproducible)
+        self._go_on(work)
+
+    def _go_on(self, work: _Work) -> None:
+        """To the next step, or when all are taken to what comes after them."""
+        if work.entry is None or work.sampling is None:
+            return
+        if work.sampling.is_done:
+            if self._sampling.pop(work.entry, None) is not None:
+                self._batcher.remove(work.entry)
+            # Somebody waits for this one: before others begin.
+            self._alone.appendleft(work)
+        elif work.entry not in self._sampling:
+            self._sampling[work.entry] = work
+            self._batcher.add(work.entry)
+
+    def _step(self, batch: Pass) -> None:
+        """Take a step of each in the batch; what goes wrong with one of them is not the others' fault."""
+        works = [self._sampling[entry] for entry in batch.entries]
+        began = time.monotonic()
+        try:
+            errors = advance(self.model, [work.sampling for work in works if work.sampling], batch.rows)
+        except Exception as exc:
+            self._step_failed(batch, works, exc)
+            return
+        now = time.monotonic()
+        self._pass_seconds = now - began
+        self._batcher.took(batch, now - began)
+        for work, error in zip(works, errors, strict=True):
+            if error is not None:
+                self._end(work, error)
+            else:
+                self._report(work, now)
+                self._go_on(work)
+
+    def _step_failed(self, batch: Pass, works: list[_Work], error: Exception) -> None:
+        """Out of memory: smaller passes from now on. Anything else: each alone, to find whose fault it is."""
+        if is_out_of_memory(error) and self._batcher.shrink(batch):
+            log.warning("pass_shrunk", size=batch.size, entries=len(batch.entries), rows=self._batcher.cap(batch.size))
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        elif len(works) == 1 or is_out_of_memory(error):
+            self._fail(works[0], error)
+        else:
+            for entry in batch.entries:
+                self._step(Pass(batch.size, (entry,), batch.rows))
+
+    def _fail(self, work: _Work, error: Exception) -> None:
+        try:
+            with translated_errors(work.order.task, self.model.device):
+                raise error
+        except Img2ImgError as exc:
+            self._end(work, exc)
+
+    def _report(self, work: _Work, now: float) -> None:
+        sampling, order = work.sampling, work.order
+        if sampling is None:
+            return
+        order.tell(Progress(Stage.STEPS, sampling.step, sampling.steps))
+        if sampling.is_done:
+            return
+        if order.task.previews and now - work.previewed >= self._intervals.preview and sampling.clean is not None:
+            work.previewed = now
+            order.tell(Preview(sampling.step, sampling.steps, self._previews.picture(sampling.clean)))
+        if 0 < self._intervals.checkpoint <= now - work.checkpointed:
+            work.checkpointed = now
+            order.tell(save(sampling, order.task, self.model))
+
+    def _end(self, work: _Work, error: Exception | None) -> None:
+        """Forget it, and say how it ended."""
+        work.steps.close()
+        if work.entry is not None and self._sampling.pop(work.entry, None) is not None:
+            self._batcher.remove(work.entry)
+        elif work in self._alone:
+            self._alone.remove(work)
+        work.order.ended(error)
+
+    def _drain(self) -> None:
+        """Fail what is left, so that nobody waits for it."""
+        for work in [*self._alone, *self._sampling.values()]:
+            self._end(work, EngineFailed(CLOSED))
+        while not self._inbox.empty():
+            if (order := self._inbox.get()) is not None:
+                order.ended(EngineFailed(CLOSED))
