@@ -16,19 +16,22 @@ PREFIX: Final = "IMG2IMG_"
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 BUNDLED_MODEL: Final = "emoji-sd"
 MAX_PORT: Final = 65535
+GUIDED_ROWS: Final = 2
 POSITIVE: Final = (
-    "attempt_timeout", "attempts", "beat", "concurrency", "crash_limit", "idempotency_retention", "job_retention",
-    "lease", "max_image_bytes", "max_image_side", "max_job_age", "max_json_body", "max_prompt_bytes", "phase_limit",
+    "attempt_timeout", "attempts", "beat", "crash_limit", "idempotency_retention", "job_retention", "lease",
+    "max_image_bytes", "max_image_side", "max_job_age", "max_json_body", "max_prompt_bytes", "phase_limit",
     "result_retention", "stall_limit", "sync_timeout",
 )  # fmt: skip
 NOT_NEGATIVE: Final = (
-    "drain_timeout", "fake_step_seconds", "input_retention", "max_defer", "max_queued", "max_queued_per_tenant",
-    "max_wait", "priority_seconds", "progress_interval", "retry_delay", "retry_grace",
+    "concurrency", "drain_timeout", "fake_step_seconds", "input_retention", "max_defer", "max_queued",
+    "max_queued_per_tenant", "max_rows", "max_wait", "priority_seconds", "progress_interval", "reproducible_rows",
+    "retry_delay", "retry_grace",
 )  # fmt: skip
 MAX_SECONDS: Final = 100 * 365 * 24 * 3600.0
 """No time may be longer; clocks and timers go no further than some centuries."""
 CHOICES: Final = {
     "engine": ("auto", "diffusion", "fake"),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("auto", "json", "console"),
 }
@@ -81,7 +84,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = "auto"
     model: str = BUNDLED_MODEL
     device: str = "auto"
-    concurrency: int = 1
+    concurrency: int = 0
+    max_rows: int = 0
+    reproducible_rows: int = 0
+    precision: str = "auto"
+    compile: bool = False
     fake_step_seconds: float = 0.0
     fake_obeys: bool = True
     lease: float = 6.0
@@ -154,6 +161,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigurationError(
                     f"{PREFIX}{name.upper()} must be {', '.join(choices[:-1])} or {choices[-1]}, not {given!r}"
                 )
+        for name in ("max_rows", "reproducible_rows"):
+            if getattr(self, name) != 0 and getattr(self, name) < GUIDED_ROWS:
+                raise ConfigurationError(f"{PREFIX}{name.upper()} must be 0, or at least 2: a guided job has two rows")
         if self.lease < 2 * self.beat:
             raise ConfigurationError("IMG2IMG_LEASE must be at least twice IMG2IMG_BEAT")
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from img2img.jobs import JobSpec, Stage
 
@@ -32,6 +32,10 @@ JOBS_SUBMITTED = Counter("img2img_jobs_submitted", "Jobs accepted", ["front_end"
 JOBS_REJECTED = Counter("img2img_jobs_rejected", "Requests refused before they became jobs", ["reason"])
 JOBS_COMPLETED = Counter("img2img_jobs_completed", "Jobs ended by this worker", ["outcome", "engine"])
 STAGE_SECONDS = Histogram("img2img_job_stage_seconds", "Time per stage of a job", ["stage"], buckets=SECONDS)
+ENGINE_BUSY_SECONDS = Counter("img2img_engine_busy_seconds", "Time in passes through the network", ["device"])
+ENGINE_PASSES = Counter("img2img_engine_passes", "Passes through the network", ["device"])
+ENGINE_ROWS = Counter("img2img_engine_rows", "Rows of those passes, without padding", ["device"])
+ENGINE_MEMORY_BYTES = Gauge("img2img_engine_memory_bytes", "Memory taken on the device", ["device"])
 MODEL_LOAD_SECONDS = Histogram("img2img_model_load_seconds", "Time to open the engine", buckets=SECONDS)
 
 tracer = trace.get_tracer("img2img")

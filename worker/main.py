@@ -14,7 +14,7 @@ import uuid_utils
 import uvloop
 
 from img2img import telemetry
-from img2img.errors import ConfigurationError, Img2ImgError
+from img2img.errors import ConfigurationError, EngineFailed, Img2ImgError
 from img2img.queue_types import WorkerInfo
 from img2img.settings import Settings
 from img2img.wiring import open_parts
@@ -36,12 +36,18 @@ def choose_engine(settings: Settings) -> Engine:
     if settings.engine == "fake":
         return FakeEngine(settings.fake_step_seconds, obeys=settings.fake_obeys)
     try:
-        from worker.engines.diffusion import DiffusionEngine  # torch takes seconds to import
+        from worker.engines.diffusion import DiffusionEngine, EngineOptions  # torch takes seconds to import
     except ImportError as exc:
         raise ConfigurationError(
             f"The diffusion engine needs {exc.name}: pip install 'img2img[diffusion]', or set IMG2IMG_ENGINE=fake"
         ) from exc
-    return DiffusionEngine(settings.model, settings.device)
+    options = EngineOptions(
+        max_rows=settings.max_rows,
+        reproducible_rows=settings.reproducible_rows,
+        precision=settings.precision,
+        compiled=settings.compile,
+    )
+    return DiffusionEngine(settings.model, settings.device, options)
 
 
 def _describe(name: str, slots: int, engine: EngineInfo) -> WorkerInfo:
@@ -59,14 +65,33 @@ async def serve(settings: Settings, engine: Engine, watchdog: Watchdog) -> None:
         with watchdog.phase("loading the model"):
             await stack.enter_async_context(engine)
         telemetry.MODEL_LOAD_SECONDS.observe(time.perf_counter() - started)
-        info = _describe(name, settings.concurrency, engine.info)
+        info = _describe(name, settings.concurrency or engine.info.slots, engine.info)
         runner = JobRunner(parts.queue, parts.blobs, engine, settings, name, watchdog)
         consumer = Consumer(parts.queue, runner, info, settings)
         watchdog.before_end(consumer.stop_beating)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, consumer.drain)
-        await consumer.main()
+        await _consume(consumer, engine)
     log.info("worker_stopped", worker=name)
+
+
+async def _consume(consumer: Consumer, engine: Engine) -> None:
+    """Run the consumer until it was told to drain.
+
+    Raises:
+        EngineFailed: the engine broke, and what it had was handed back: another process may do better.
+    """
+    consuming = asyncio.create_task(consumer.main(), name="consume")
+    breaking = asyncio.create_task(engine.broken(), name="engine")
+    await asyncio.wait({consuming, breaking}, return_when=asyncio.FIRST_COMPLETED)
+    broke = breaking.done()
+    if broke:
+        consumer.drain()
+    else:
+        breaking.cancel()
+    await consuming
+    if broke:
+        raise EngineFailed("The engine can make no more pictures: see the log, and start the worker again")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from img2img.errors import ConfigurationError, EngineFailed
 from img2img.jobs import Stage
 from worker.engines import base
 from worker.engines.base import EngineInfo, Pictures, Progress
-from worker.engines.diffusion import DiffusionEngine
+from worker.engines.diffusion import DiffusionEngine, EngineOptions
 from worker.engines.diffusion.model import DiffusionModel
 
 LONG = {"num_steps": 500, "width": 64, "height": 64}
@@ -153,12 +153,47 @@ async def test_errors_of_the_thread_arrive_at_the_consumer(opened, monkeypatch):
 
 async def test_closing_the_engine_ends_what_still_runs(tiny_4_channel_folder, forwards):
     async with DiffusionEngine(str(tiny_4_channel_folder), "cpu") as diffusion:
+        forwards.clear()  # the warm-up's
         consumer = asyncio.create_task(collect(diffusion.generate(task_of(**LONG), Pictures())))
         await until(lambda: len(forwards) > 0)
 
     assert len(forwards) < LONG["num_steps"]
     with pytest.raises(EngineFailed, match="closed its engine"):
         await consumer
+
+
+async def test_tasks_that_come_together_share_passes(tiny_4_channel_folder, monkeypatch):
+    rows: list[int] = []
+    predict_noise = DiffusionModel.predict_noise
+
+    def record(self, latents, *rest):
+        rows.append(len(latents))
+        return predict_noise(self, latents, *rest)
+
+    async with DiffusionEngine(str(tiny_4_channel_folder), "cpu", EngineOptions(max_rows=8)) as diffusion:
+        monkeypatch.setattr(DiffusionModel, "predict_noise", record)
+        tasks = [task_of(width=64, height=64, num_steps=50, seed=seed) for seed in range(4)]
+        await asyncio.gather(*(collect(diffusion.generate(task, Pictures())) for task in tasks))
+
+    assert max(rows) == 8
+    assert sum(rows) == 4 * 50 * 2
+
+
+async def test_a_device_that_fails_for_good_breaks_the_engine(tiny_4_channel_folder, monkeypatch):
+    """After some errors of CUDA nothing works in a process: whoever waits hears of it, and the worker ends."""
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    async with DiffusionEngine(str(tiny_4_channel_folder), "cpu") as diffusion:
+        monkeypatch.setattr(DiffusionModel, "predict_noise", fail)
+        monkeypatch.setattr(DiffusionModel, "works", lambda _: False)
+        with pytest.raises(EngineFailed, match="device or its driver failed"):
+            await collect(diffusion.generate(task_of(**LONG), Pictures()))
+        async with asyncio.timeout(5):
+            await diffusion.broken()
+        with pytest.raises(EngineFailed, match="device or its driver failed"):
+            await collect(diffusion.generate(task_of(**LONG), Pictures()))
 
 
 async def test_a_model_that_is_not_there_is_refused_at_the_door():

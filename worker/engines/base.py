@@ -121,6 +121,10 @@ class Engine(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+    async def broken(self) -> None:
+        """Wait until the engine can make no picture any more, if that ever happens: its worker had better end."""
+        ...
+
     def generate(
         self,
         task: Task,

@@ -62,6 +62,10 @@ class FakeEngine:
     ) -> None:
         """Nothing to close."""
 
+    async def broken(self) -> None:
+        """It never is."""
+        await asyncio.Event().wait()
+
     async def generate(
         self,
         task: Task,

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Final, Self
 
 import msgspec
+import structlog
 import torch
 
 from worker.engines.base import Checkpoint, EngineInfo, Output, Pictures, Task
@@ -15,21 +16,26 @@ from worker.engines.diffusion.batcher import GUIDED_ROWS, Limits
 from worker.engines.diffusion.lane import Intervals, Lane, Order
 from worker.engines.diffusion.model import DiffusionModel, open_model, resolve_devices
 from worker.engines.diffusion.previews import PreviewMap
+from worker.engines.diffusion.warmup import warm_up
 
 NAME: Final = "diffusion"
-CUDA_ROWS: Final = 32
-CPU_ROWS: Final = 4
-"""On a CPU a pass takes nearly as long as its rows one by one; a few of them fill the gaps between operations."""
+log = structlog.get_logger(__name__)
+CUDA_ROWS, CUDA_FIXED_ROWS = 32, 8
+CPU_ROWS, CPU_FIXED_ROWS = 4, 2
+"""On a CPU a pass takes nearly as long as its rows one by one: a few of them fill the gaps between operations, and rows
+that only fill up a reproducible pass would cost as much as any."""
 
 
-class Options(msgspec.Struct, frozen=True):
-    """How the engine works: rows of a pass at the model's own size (0: what suits the device), rows of every pass of
-    reproducible tasks, number format of the networks (auto, float32, bfloat16, float16), and seconds between outputs.
+class EngineOptions(msgspec.Struct, frozen=True):
+    """How the engine works: rows of a pass at the model's own size, and rows of every pass of reproducible tasks (0:
+    what suits the device), number format of the networks (auto, float32, bfloat16, float16), whether torch compiles
+    the UNet, and seconds between outputs.
     """
 
     max_rows: int = 0
-    reproducible_rows: int = 4
+    reproducible_rows: int = 0
     precision: str = "auto"
+    compiled: bool = False
     intervals: Intervals = Intervals()
 
 
@@ -42,10 +48,10 @@ class DiffusionEngine:
     Entering it raises ``ConfigurationError`` when the checkpoint or a device cannot be used.
     """
 
-    def __init__(self, model: str, device: str = "auto", options: Options | None = None) -> None:
+    def __init__(self, model: str, device: str = "auto", options: EngineOptions | None = None) -> None:
         self._source = model
         self._device = device
-        self._options = options or Options()
+        self._options = options or EngineOptions()
         self._lanes: list[Lane] = []
         self._threads: list[ThreadPoolExecutor] = []
         self._running: list[asyncio.Future[None]] = []
@@ -82,6 +88,13 @@ class DiffusionEngine:
         await asyncio.gather(*running, return_exceptions=True)
         for thread in threads:
             thread.shutdown(wait=False, cancel_futures=True)
+
+    async def broken(self) -> None:
+        """Wait until a lane ends by itself, whose device or code has failed."""
+        await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+        for lane in self._running:
+            if lane.done() and not lane.cancelled() and (error := lane.exception()) is not None:
+                log.error("engine_failed", error=repr(error))
 
     async def generate(
         self,
@@ -121,10 +134,13 @@ class DiffusionEngine:
             await _settle(ended)
 
     def _open_lane(self, device: torch.device) -> Lane:
-        model = open_model(self._source, device, self._options.precision)
+        options = self._options
+        model = open_model(self._source, device, options.precision, compiled=options.compiled)
+        limits = _limits(model, options)
         with torch.inference_mode():
             previews = PreviewMap(model)
-        return Lane(model, _limits(model, self._options), self._options.intervals, previews)
+            warm_up(model, limits)
+        return Lane(model, limits, options.intervals, previews)
 
     def _opened(self) -> list[Lane]:
         if not self._lanes:
@@ -132,13 +148,13 @@ class DiffusionEngine:
         return self._lanes
 
 
-def _limits(model: DiffusionModel, options: Options) -> Limits:
+def _limits(model: DiffusionModel, options: EngineOptions) -> Limits:
     is_cuda = model.device.type == "cuda"
     width, height = model.native_size
     return Limits(
         max_rows=options.max_rows or (CUDA_ROWS if is_cuda else CPU_ROWS),
         native_pixels=width * height,
-        fixed_rows=options.reproducible_rows,
+        fixed_rows=options.reproducible_rows or (CUDA_FIXED_ROWS if is_cuda else CPU_FIXED_ROWS),
         padded=is_cuda,
     )
 

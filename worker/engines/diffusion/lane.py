@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,6 +20,7 @@ import msgspec
 import structlog
 import torch
 
+from img2img import telemetry
 from img2img.errors import EngineFailed, Img2ImgError
 from img2img.jobs import Stage
 from worker.engines.base import Checkpoint, Output, Pictures, Preview, Progress, Task
@@ -29,7 +31,9 @@ from worker.engines.diffusion.painting import is_out_of_memory, paint, translate
 from worker.engines.diffusion.previews import PreviewMap
 from worker.engines.diffusion.sampling import Sampling, advance
 
-CLOSED: Final = "The worker closed its engine before the picture was done"
+BROKEN: Final = "The device or its driver failed: see the worker's log"
+SIGN_SECONDS: Final = 1.0
+"""How often tasks show a sign of life that are not in the batch."""
 
 log = structlog.get_logger(__name__)
 
@@ -85,12 +89,17 @@ class Lane:
         """Those that need something for themselves, in turn."""
         self._sampling: dict[Entry, _Work] = {}
         self._closing = False
+        self._broken = False
         self._pass_seconds = 0.0
         """What the last pass took."""
+        self._signed = 0.0
+        """When the others last had a sign of life."""
 
     def submit(self, order: Order) -> None:
         """Take in an order; it ends by ``order.ended``."""
         self._inbox.put(order)
+        if self._broken:
+            self._refuse_waiting(BROKEN)
 
     def close(self) -> None:
         """Fail what is there and let :meth:`run` return, after the step in progress."""
@@ -103,11 +112,20 @@ class Lane:
         return len(self._alone) + len(self._sampling) + self._inbox.qsize()
 
     def run(self) -> None:
-        """Work until :meth:`close`."""
-        with torch.inference_mode():
-            while not self._closing:
-                self.turn()
-        self._drain()
+        """Work until :meth:`close`.
+
+        Raises:
+            Exception: the device is of no use any more, or this code is wrong; every order has failed.
+        """
+        try:
+            with torch.inference_mode():
+                while not self._closing:
+                    self.turn()
+        except Exception:
+            self._broken = True
+            self._drain(BROKEN)
+            raise
+        self._drain("The worker closed its engine before the picture was done")
 
     def turn(self) -> None:
         """Come round once: take in, let go, serve, step. With nothing to do it waits for an order."""
@@ -191,8 +209,7 @@ class Lane:
             self._step_failed(batch, works, exc)
             return
         now = time.monotonic()
-        self._pass_seconds = now - began
-        self._batcher.took(batch, now - began)
+        self._note(batch, now, now - began)
         for work, error in zip(works, errors, strict=True):
             if error is not None:
                 self._end(work, error)
@@ -200,8 +217,30 @@ class Lane:
                 self._report(work, now)
                 self._go_on(work)
 
+    def _note(self, batch: Pass, now: float, seconds: float) -> None:
+        """What a pass took; every so often it is a sign of life of those, too, that were not in it."""
+        self._pass_seconds = seconds
+        self._batcher.took(batch, seconds)
+        device = str(self.model.device)
+        telemetry.ENGINE_BUSY_SECONDS.labels(device).inc(seconds)
+        telemetry.ENGINE_PASSES.labels(device).inc()
+        telemetry.ENGINE_ROWS.labels(device).inc(sum(entry.rows for entry in batch.entries))
+        if now - self._signed < SIGN_SECONDS:
+            return
+        self._signed = now
+        telemetry.ENGINE_MEMORY_BYTES.labels(device).set(self.model.memory_bytes)
+        for entry, work in self._sampling.items():
+            if entry not in batch.entries and work.sampling is not None:
+                work.order.tell(Progress(Stage.STEPS, work.sampling.step, work.sampling.steps))
+
     def _step_failed(self, batch: Pass, works: list[_Work], error: Exception) -> None:
-        """Out of memory: smaller passes from now on. Anything else: each alone, to find whose fault it is."""
+        """Out of memory: smaller passes from now on. Anything else: each alone, to find whose fault it is.
+
+        Raises:
+            Exception: ``error``, when it is the device's.
+        """
+        if not self.model.works():
+            raise error
         if is_out_of_memory(error) and self._batcher.shrink(batch):
             log.warning("pass_shrunk", size=batch.size, entries=len(batch.entries), rows=self._batcher.cap(batch.size))
             if self.model.device.type == "cuda":
@@ -242,10 +281,14 @@ class Lane:
             self._alone.remove(work)
         work.order.ended(error)
 
-    def _drain(self) -> None:
+    def _drain(self, why: str) -> None:
         """Fail what is left, so that nobody waits for it."""
         for work in [*self._alone, *self._sampling.values()]:
-            self._end(work, EngineFailed(CLOSED))
-        while not self._inbox.empty():
-            if (order := self._inbox.get()) is not None:
-                order.ended(EngineFailed(CLOSED))
+            self._end(work, EngineFailed(why))
+        self._refuse_waiting(why)
+
+    def _refuse_waiting(self, why: str) -> None:
+        with suppress(queue.Empty):
+            while True:
+                if (order := self._inbox.get_nowait()) is not None:
+                    order.ended(EngineFailed(why))

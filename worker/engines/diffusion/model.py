@@ -8,6 +8,8 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from img2img.errors import ConfigurationError
+from worker.engines.diffusion.compiling import compile_unet
+from worker.engines.diffusion.graphs import Forward, Graphed
 from worker.engines.diffusion.loading import Checkpoint, load_checkpoint
 from worker.engines.diffusion.samplers import Samplers
 
@@ -32,7 +34,9 @@ class DiffusionModel:
     Not thread-safe: one thread owns it. Call its methods under ``torch.inference_mode()``.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+    ) -> None:
         self.name = checkpoint.name
         self.revision = checkpoint.revision
         self.weights = checkpoint.weights
@@ -46,6 +50,11 @@ class DiffusionModel:
         self._text_encoder = self._place(checkpoint.text_encoder)
         self._unet = self._place(checkpoint.unet)
         self._vae = self._place(checkpoint.vae)
+        self._forward: Forward = self._run_unet
+        if compiled:
+            self._unet = compile_unet(self._unet)
+        if device.type == "cuda":
+            self._forward = Graphed(self._run_unet)
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -63,6 +72,18 @@ class DiffusionModel:
     def samples_latents(self) -> bool:
         """Whether encoding a picture draws noise (AutoencoderKL does, AutoencoderTiny does not)."""
         return bool(self._vae.config._class_name == "AutoencoderKL")
+
+    @property
+    def memory_bytes(self) -> int:
+        """What torch has taken of the device's memory; 0 on a CPU, where nobody counts it."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+    def works(self) -> bool:
+        """Whether the device can be used at all: after some errors nothing works in a process any more."""
+        try:
+            return bool(torch.ones((), device=self.device).item() == 1)
+        except RuntimeError:
+            return False
 
     def encode_text(self, text: str) -> Text:
         """Encode a prompt, cut to the text encoder's window (its begin and end marks included)."""
@@ -97,10 +118,11 @@ class DiffusionModel:
 
         Returns float32 (N, 4, h, w): what the scheduler's prediction type says, noise for most models.
         """
-        prediction: torch.Tensor = self._unet(
-            self._laid_out(latents), timesteps, encoder_hidden_states=embeddings.to(self._dtype)
-        ).sample
-        return prediction.float()
+        return self._forward(self._laid_out(latents), timesteps, embeddings.to(self._dtype)).float()
+
+    def _run_unet(self, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        prediction: torch.Tensor = self._unet(latents, timesteps, encoder_hidden_states=embeddings).sample
+        return prediction
 
     def draw_noise(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> torch.Tensor:
         """Standard normal float32 noise, drawn on the CPU so that a seed means the same on every device."""
@@ -126,8 +148,11 @@ class DiffusionModel:
             self._vae.disable_tiling()
 
 
-def open_model(source: str, device: str | torch.device, precision: str = "auto") -> DiffusionModel:
+def open_model(
+    source: str, device: str | torch.device, precision: str = "auto", *, compiled: bool = False
+) -> DiffusionModel:
     """Load ``source`` onto ``device``; ``precision`` is float32, bfloat16, float16 or auto, see :func:`choose_dtype`.
+    ``compiled`` has torch compile the UNet.
 
     Raises:
         ConfigurationError: names IMG2IMG_MODEL or IMG2IMG_DEVICE and what to set it to.
@@ -137,7 +162,7 @@ def open_model(source: str, device: str | torch.device, precision: str = "auto")
     parameters = sum(weights.numel() for weights in checkpoint.unet.parameters())
     dtype = choose_dtype(precision, chosen, parameters)
     try:
-        return DiffusionModel(checkpoint, chosen, dtype)
+        return DiffusionModel(checkpoint, chosen, dtype, compiled=compiled)
     except torch.OutOfMemoryError as exc:
         raise ConfigurationError(
             f"IMG2IMG_MODEL={source} does not fit into the memory of {chosen}: stop what else runs there, or "

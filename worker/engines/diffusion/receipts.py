@@ -34,8 +34,8 @@ def make_receipt(model: DiffusionModel, schedule: Schedule, picture: PillowImage
 def describe_device(device: torch.device) -> str:
     """All of a device that its results depend on: the kind of GPU, or the CPU's instructions and threads."""
     if device.type == "cuda":
-        name, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-        return f"{name}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
