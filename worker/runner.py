@@ -38,6 +38,7 @@ from img2img.server import milliseconds
 from img2img.settings import Settings
 from worker.engines.base import Engine, Image, Notice, Pictures, Progress, Task
 from worker.images import decode_inputs, encode_picture, resolve_size
+from worker.stages import StageClock
 from worker.watchdog import JobWatch, Watchdog
 
 MAX_RETRY_DELAY: Final = 60.0
@@ -77,32 +78,6 @@ class Stop:
 
     async def wait(self) -> None:
         await self._event.wait()
-
-
-class StageClock:
-    """Seconds per stage, without gaps: one stage ends where the next begins. Each is a span, too."""
-
-    def __init__(self, queued: float) -> None:
-        self.seconds: dict[Stage, float] = {Stage.QUEUED: max(0.0, queued)}
-        self._stage = Stage.LOAD
-        self._since = time.perf_counter()
-        self._span = telemetry.start_stage(Stage.LOAD)
-
-    def enter(self, stage: Stage) -> None:
-        if stage == self._stage:
-            return
-        self.close()
-        self._stage, self._span = stage, telemetry.start_stage(stage)
-
-    def close(self) -> None:
-        now = time.perf_counter()
-        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
-        self._since = now
-        self._span.end()
-
-    def observe(self) -> None:
-        for stage, seconds in self.seconds.items():
-            telemetry.STAGE_SECONDS.labels(stage.value).observe(seconds)
 
 
 class Attempt:
