@@ -57,6 +57,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     retry_grace: float = 15.0
     max_wait: float = 60.0
     drain_timeout: float = 30.0
+    reproducible: bool = False
 
     # Limits
     max_json_body: int = 64 * 1024 * 1024

@@ -86,6 +86,7 @@ class Attempt:
     def __init__(self, claim: Claim, executed_by: str, watch: JobWatch) -> None:
         self.claim = claim
         self.watch = watch
+        self.deadline = time.monotonic() + (claim.expires_at - claim.claimed_at) / 1000
         self.clock = StageClock((claim.claimed_at - claim.created_at) / 1000)
         self.running = Running(executed_by=executed_by)
         self.warnings = list(claim.spec.warnings)
@@ -245,7 +246,7 @@ class JobRunner:
         return msgspec.msgpack.decode(data, type=Inputs)
 
     async def _generate(self, attempt: Attempt, pictures: Pictures, reporter: Reporter) -> Image:
-        task = self._task(attempt.claim, pictures)
+        task = self._task(attempt, pictures)
         attempt.running = msgspec.structs.replace(attempt.running, width=task.width, height=task.height)
         self._waiting.add(attempt.watch)
         try:
@@ -271,8 +272,9 @@ class JobRunner:
         for waiting in self._waiting:
             waiting.renew()
 
-    def _task(self, claim: Claim, pictures: Pictures) -> Task:
-        asked, options = claim.spec.parameters, claim.spec.options
+    def _task(self, attempt: Attempt, pictures: Pictures) -> Task:
+        spec = attempt.claim.spec
+        asked, options = spec.parameters, spec.options
         width, height = resolve_size(asked.width, asked.height, self._engine.info.native_size, pictures.image)
         return Task(
             prompt=asked.prompt,
@@ -282,8 +284,10 @@ class JobRunner:
             num_steps=asked.num_steps,
             strength=asked.strength,
             guidance=asked.guidance,
-            seed=claim.spec.seed,
+            seed=spec.seed,
             sampler=options.sampler,
+            reproducible=options.reproducible,
+            deadline=attempt.deadline,
         )
 
     async def _store(self, attempt: Attempt, image: Image, data: bytes) -> Result:
@@ -299,6 +303,7 @@ class JobRunner:
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
             expires_at=expires_at,
+            receipt=image.receipt,
         )
 
     def _decide(self, attempt: Attempt, error: Img2ImgError) -> Decision:

@@ -28,6 +28,7 @@ OPTIONS: Final = {
     "priority": "priority",
     "sampler": "sampler",
     "not_before": "not_before",
+    "reproducible": "reproducible",
 }
 FIELDS: Final = {
     "strength": "strength",
@@ -76,7 +77,7 @@ picture_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--strength", type=float, help="0 to 1; lower stays closer to IMAGE.  [default: 1]")
 @click.option("--steps", type=int, help="1 to 20.  [default: 20]")
 @click.option("--guidance", type=float, help="0 to 50; higher follows PROMPT more closely.  [default: 7.5]")
-@click.option("--seed", type=int, help="Makes a picture repeatable; drawn when not given.")
+@click.option("--seed", type=int, help="The same seed makes the same picture, up to rounding; drawn when not given.")
 @click.option("--negative-prompt", metavar="TEXT", help="What to avoid.")
 @click.option("--mask", type=picture_file, help="Which part of IMAGE to draw anew: its white one.")
 @click.option("--width", type=int, help="256 to 2048 pixels; without it what suits the model and IMAGE.")
@@ -87,6 +88,7 @@ picture_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--not-before", type=Time(), metavar="TIME", help="Start no sooner, as 2026-12-31T18:00 (here) or …T18:00Z."
 )
+@click.option("--reproducible", is_flag=True, help="The same bytes again for the same seed: see img2img verify.")
 @click.option("--priority", type=int, help="-10 to 10; higher goes first.  [default: 0]")
 @connection_options
 def generate(words: tuple[str, ...], output: str, output_format: str | None, **given: Any) -> None:
