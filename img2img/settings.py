@@ -82,6 +82,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = "auto"
     model: str = BUNDLED_MODEL
     device: str = "auto"
+    image_metadata: bool = True
     concurrency: int = 1
     fake_step_seconds: float = 0.0
     fake_obeys: bool = True

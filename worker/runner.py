@@ -30,7 +30,7 @@ from img2img.errors import (
     LeaseLost,
     Unavailable,
 )
-from img2img.jobs import Failure, JobState, Outcome, Result, Running, Stage, StopReason
+from img2img.jobs import Failure, JobSpec, JobState, Outcome, Result, Running, Stage, StopReason
 from img2img.queue import JobQueue
 from img2img.queue_types import Claim
 from img2img.requests import Inputs
@@ -38,6 +38,7 @@ from img2img.server import milliseconds
 from img2img.settings import Settings
 from worker.engines.base import Engine, Image, Notice, Pictures, Progress, Task
 from worker.images import decode_inputs, encode_picture, resolve_size
+from worker.metadata import describe
 from worker.stages import StageClock
 from worker.watchdog import JobWatch, Watchdog
 
@@ -231,8 +232,7 @@ class JobRunner:
         async with Reporter(self._queue, attempt, stop, self._settings.progress_interval) as reporter:
             image = await self._generate(attempt, pictures, reporter)
         attempt.enter(Stage.ENCODE)
-        options = spec.options
-        data = await asyncio.to_thread(encode_picture, image.picture, options.output_format, options.output_quality)
+        data = await asyncio.to_thread(self._encode, spec, image)
         attempt.enter(Stage.STORE)
         result = await self._store(attempt, image, data)
         return attempt.outcome(JobState.SUCCEEDED, result=result)
@@ -289,6 +289,10 @@ class JobRunner:
             reproducible=options.reproducible,
             deadline=attempt.deadline,
         )
+
+    def _encode(self, spec: JobSpec, image: Image) -> bytes:
+        metadata = describe(spec, image) if self._settings.image_metadata else None
+        return encode_picture(image.picture, spec.options.output_format, spec.options.output_quality, metadata)
 
     async def _store(self, attempt: Attempt, image: Image, data: bytes) -> Result:
         claim = attempt.claim
