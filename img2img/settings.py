@@ -83,6 +83,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model: str = BUNDLED_MODEL
     device: str = "auto"
     image_metadata: bool = True
+    safety_checker: str | None = None
     concurrency: int = 1
     fake_step_seconds: float = 0.0
     fake_obeys: bool = True

@@ -39,6 +39,7 @@ from img2img.settings import Settings
 from worker.engines.base import Engine, Image, Notice, Pictures, Progress, Task
 from worker.images import decode_inputs, encode_picture, resolve_size
 from worker.metadata import describe
+from worker.safety import SafetyChecker, check_picture
 from worker.stages import StageClock
 from worker.watchdog import JobWatch, Watchdog
 
@@ -165,11 +166,13 @@ class JobRunner:
         settings: Settings,
         worker: str,
         watchdog: Watchdog | None = None,
+        checker: SafetyChecker | None = None,
     ) -> None:
         self._queue = queue
         self._blobs = blobs
         self._engine = engine
         self._settings = settings
+        self._checker = checker
         self._executed_by = f"{engine.info.name}/{engine.info.model} on {worker}"
         # One that is never opened watches nothing.
         self._watchdog = watchdog or Watchdog(settings.stall_limit, settings.phase_limit)
@@ -231,6 +234,9 @@ class JobRunner:
         pictures = Pictures() if inputs is None else await asyncio.to_thread(decode_inputs, inputs, limits)
         async with Reporter(self._queue, attempt, stop, self._settings.progress_interval) as reporter:
             image = await self._generate(attempt, pictures, reporter)
+        if self._checker is not None:
+            attempt.enter(Stage.CHECK)
+            await check_picture(self._checker, image.picture)
         attempt.enter(Stage.ENCODE)
         data = await asyncio.to_thread(self._encode, spec, image)
         attempt.enter(Stage.STORE)

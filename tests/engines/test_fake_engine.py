@@ -17,6 +17,7 @@ from img2img.requests import Sampler
 from worker.engines.base import EngineInfo, Pictures, Progress, Task
 from worker.engines.base import Image as Finished
 from worker.engines.fake import FakeEngine
+from worker.safety import FakeSafetyChecker
 
 
 async def picture_of(task: Task, pictures: Pictures | None = None, engine: FakeEngine | None = None) -> Image.Image:
@@ -179,6 +180,13 @@ async def test_fail_so_many_attempts_of_one_prompt_and_seed():
 async def test_refuse():
     with pytest.raises(ModelRefused):
         await picture_of(task_of(prompt="fake:refuse"))
+
+
+async def test_a_picture_is_marked_as_unsafe_only_on_request():
+    marked = await picture_of(task_of(prompt="a lion fake:unsafe"))
+
+    assert FakeSafetyChecker().is_unsafe(marked)
+    assert not FakeSafetyChecker().is_unsafe(await picture_of(task_of()))
 
 
 async def test_block_holds_up_the_event_loop():

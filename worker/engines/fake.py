@@ -5,6 +5,7 @@ Words in the prompt make it misbehave:
     fake:fail       fail every attempt (EngineFailed)
     fake:fail=N     fail the first N attempts at this prompt and seed, then work
     fake:refuse     refuse the task (ModelRefused)
+    fake:unsafe     draw what the safety checker ``fake`` flags
     fake:step=0.2   take that many seconds a step
     fake:block=3    hold up the event loop for that many seconds, as only a broken engine does
     fake:hang       do nothing more and let nobody end it, as a thread that hangs in native code
@@ -38,8 +39,10 @@ from worker.engines.receipts import package_versions, pixels_digest
 INFO: Final = EngineInfo("fake", "fake", "cpu", (256, 256))
 REVISION: Final = "fake-1"
 DEFAULT_SAMPLER: Final = Sampler.DPMPP_2M
-DIRECTIVE: Final = re.compile(r"fake:(fail|refuse|step|block|hang|crash)(?:=(\d+(?:\.\d+)?))?")
+DIRECTIVE: Final = re.compile(r"fake:(fail|refuse|unsafe|step|block|hang|crash)(?:=(\d+(?:\.\d+)?))?")
 HARMLESS: Final = "step"
+UNSAFE: Final = "fake:unsafe"
+"""Marks a picture, in Pillow's ``info``, for ``worker.safety.FakeSafetyChecker``."""
 PATTERN_SIDE: Final = 8
 STAMP_PIXELS: Final = 11
 
@@ -90,7 +93,10 @@ class FakeEngine:
                 await self._misbehave(directives, task)
             yield Progress(Stage.STEPS, step, steps)
         yield Progress(Stage.DECODE_IMAGE)
-        yield await asyncio.to_thread(_finish, task, pictures, steps)
+        image = await asyncio.to_thread(_finish, task, pictures, steps)
+        if "unsafe" in directives:
+            image.picture.info[UNSAFE] = True
+        yield image
 
     def _directives(self, prompt: str) -> dict[str, str | None]:
         found = {match[1]: match[2] for match in DIRECTIVE.finditer(prompt)}
