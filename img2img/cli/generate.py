@@ -102,17 +102,22 @@ def generate(words: tuple[str, ...], output: str, output_format: str | None, **g
     fields["options"] = job_options({**given, "output_format": output_format})
     if output != "-" and not Path(output).absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {Path(output).parent}", param_hint="--output")
-    try:
-        with one_line_errors():
-            picture = asyncio.run(make(connection, fields))
-    except KeyboardInterrupt:
-        click.echo("Stopped: the job is canceled.", err=True)
-        raise SystemExit(INTERRUPTED) from None
+    picture = run_job(connection, fields)
     if output == "-":
         sys.stdout.buffer.write(picture.data)
     else:
         Path(output).write_bytes(picture.data)
     click.echo(summary(output, picture), err=True)
+
+
+def run_job(connection: Connection, fields: dict[str, Any]) -> "Picture":
+    """Make a picture and show how it goes on; Ctrl-C cancels its job and ends the program."""
+    try:
+        with one_line_errors():
+            return asyncio.run(make(connection, fields))
+    except KeyboardInterrupt:
+        click.echo("Stopped: the job is canceled.", err=True)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def request_fields(words: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:

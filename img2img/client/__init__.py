@@ -22,6 +22,7 @@ from img2img.client.values import (
     ResultInfo,
     Violation,
 )
+from img2img.client.verification import Compared, Comparison, compare, repetition
 from img2img.jobs import Failure, JobState, Receipt
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 
@@ -31,6 +32,8 @@ __all__ = [
     "AttemptInfo",
     "Client",
     "ClientError",
+    "Compared",
+    "Comparison",
     "EtaInfo",
     "Event",
     "Failure",
@@ -46,4 +49,6 @@ __all__ = [
     "ResultInfo",
     "Sampler",
     "Violation",
+    "compare",
+    "repetition",
 ]
