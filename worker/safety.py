@@ -13,7 +13,7 @@ class SafetyChecker(Protocol):
     """Says which pictures nobody may get. A worker opens one, if it is told to, and asks it about each picture."""
 
     def is_unsafe(self, picture: Image.Image) -> bool:
-        """Look at an 8-bit RGB picture. CPU work, up to a second: called in threads, in several at once."""
+        """Look at an 8-bit RGB picture. CPU work of up to some seconds: called in threads, in several at once."""
         ...
 
 
