@@ -259,8 +259,10 @@ class JobService:
                 len(body[name]) for name in ("image", "image_b64", "mask") if isinstance(body.get(name), bytes | str)
             )
         if size > THREAD_ABOVE:
-            return await asyncio.to_thread(build_request, body, order.options, limits, order.deadline)
-        return build_request(body, order.options, limits, order.deadline)
+            checked = await asyncio.to_thread(build_request, body, order.options, limits, order.deadline)
+        else:
+            checked = build_request(body, order.options, limits, order.deadline)
+        return checked.reproducibly() if self._settings.reproducible else checked
 
     async def _submit(
         self, order: Order, checked: CheckedRequest, waiter: Waiter | None = None, job_id: str | None = None
@@ -300,7 +302,7 @@ class JobService:
             parameters=checked.parameters,
             options=checked.options,
             seed=draw_seed() if seed is None else seed,
-            fingerprint=await asyncio.to_thread(checked.fingerprint) if inputs else checked.fingerprint(),
+            fingerprint=checked.fingerprint(),
             warnings=checked.warnings,
             inputs=inputs,
             trace=trace,

@@ -32,6 +32,7 @@
     └── JobError                      job_failed            why a job ended without a picture
         ├── EngineFailed              engine_failed         worth another attempt
         ├── ModelRefused              model_refused         the same input fails again
+        ├── UnsafeOutput              unsafe_output         the safety checker flagged the picture
         ├── InputGone                 input_gone            its input was deleted before it ran
         ├── Quarantined               quarantined           its workers died while running it
         ├── AttemptTimeout            attempt_timeout       one attempt took longer than allowed
@@ -214,6 +215,12 @@ class EngineFailed(JobError):
 
 class ModelRefused(JobError):
     code = "model_refused"
+
+
+class UnsafeOutput(JobError):
+    """The safety checker flagged the picture, which is neither stored nor shown."""
+
+    code = "unsafe_output"
 
 
 class InputGone(JobError):

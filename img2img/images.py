@@ -1,5 +1,6 @@
 """What counts as a picture: the header check that the gateway makes and the worker relies on."""
 
+import hashlib
 import io
 import struct
 import warnings
@@ -34,12 +35,16 @@ class PictureLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PictureInfo(msgspec.Struct, frozen=True):
-    """What the header says; width and height are those of the picture turned upright."""
+    """What the header says, and the file's SHA-256; width and height are those of the picture turned upright.
+
+    ``sha256`` is lower-case hexadecimal, and empty in records of releases that did not take it down.
+    """
 
     format: str
     width: int
     height: int
     bytes: int
+    sha256: str = ""
 
 
 class _Source(io.BytesIO):
@@ -97,7 +102,7 @@ def orientation(picture: Image.Image) -> int:
 
 
 def probe(field: str, data: bytes, limits: PictureLimits) -> PictureInfo:
-    """Read format and size from the header of an encoded file.
+    """Read format and size from the header of an encoded file, and hash it: 16 MiB take some 10 ms.
 
     Raises:
         InvalidImage: see :func:`open_picture`.
@@ -107,7 +112,7 @@ def probe(field: str, data: bytes, limits: PictureLimits) -> PictureInfo:
         if orientation(picture) in QUARTER_TURNS:
             width, height = height, width
         file_format = "JPEG" if picture.format == MPO else picture.format or ""
-        return PictureInfo(file_format, width, height, len(data))
+        return PictureInfo(file_format, width, height, len(data), hashlib.sha256(data).hexdigest())
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class Stage(StrEnum):
     ENCODE_IMAGE = "encode_image"
     STEPS = "steps"
     DECODE_IMAGE = "decode_image"
+    CHECK = "check"
     ENCODE = "encode"
     STORE = "store"
 

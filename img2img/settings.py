@@ -60,6 +60,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     retry_grace: float = 15.0
     max_wait: float = 60.0
     drain_timeout: float = 30.0
+    reproducible: bool = False
 
     # Limits
     max_json_body: int = 64 * 1024 * 1024
@@ -89,6 +90,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     reproducible_rows: int = 0
     precision: str = "auto"
     compile: bool = False
+    image_metadata: bool = True
+    safety_checker: str | None = None
     fake_step_seconds: float = 0.0
     fake_obeys: bool = True
     lease: float = 6.0

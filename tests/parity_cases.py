@@ -8,6 +8,7 @@ import base64
 import zlib
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from hashlib import sha256
 from typing import Any, Final
 
 import msgspec
@@ -99,9 +100,15 @@ def ahead(**time: float) -> str:
 
 
 PNG: Final = picture()
-INFO: Final = {"format": "PNG", "width": 64, "height": 48, "bytes": len(PNG)}
+INFO: Final = {"format": "PNG", "width": 64, "height": 48, "bytes": len(PNG), "sha256": sha256(PNG).hexdigest()}
 TURNED: Final = turned()
-UPRIGHT: Final = {"format": "JPEG", "width": 48, "height": 64, "bytes": len(TURNED)}
+UPRIGHT: Final = {
+    "format": "JPEG",
+    "width": 48,
+    "height": 64,
+    "bytes": len(TURNED),
+    "sha256": sha256(TURNED).hexdigest(),
+}
 MASK: Final = encoded(Image.new("L", (64, 48), 255))
 
 JOBS: Final = (
@@ -160,6 +167,8 @@ JOBS: Final = (
     option("deadline", deadline_seconds=3600.5),
     option("whole deadline", deadline_seconds=60),
     option("reject if busy", reject_if_busy=True),
+    option("reproducible", reproducible=True),
+    option("previews", previews=True),
     option("not before a time long past", not_before="2020-01-01T00:00:00.250000Z"),
     option("not before next week", not_before=ahead(days=7)),
     option("not before, but by a deadline", not_before=ahead(hours=1), deadline_seconds=7200),
@@ -249,6 +258,8 @@ ERRORS: Final = (
     option("not before a word", "invalid_request", "not_before", AN_INSTANT, not_before="tomorrow"),
     option("not before 2100", "invalid_request", "not_before", not_before="2100-01-01T00:00:00Z"),
     option("not before its deadline", "invalid_request", "not_before", not_before=ahead(hours=1), deadline_seconds=60),
+    option("reproducible a number", "invalid_request", "reproducible", PROTO_TYPES, reproducible=1),
+    option("previews text", "invalid_request", "previews", PROTO_TYPES, previews="small"),
     option("unknown sampler", "invalid_request", "sampler", {"grpc": "an enum has no unknown names"}, sampler="magic"),
     option("unknown", "invalid_request", "", PROTO_NAMES, priorty=1),
 )

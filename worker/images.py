@@ -14,6 +14,7 @@ from img2img.errors import InvalidImage
 from img2img.images import HEADER_ERRORS, PictureLimits, open_picture, orientation
 from img2img.requests import SIZE_MULTIPLE, Inputs, OutputFormat
 from worker.engines.base import Pictures
+from worker.metadata import Metadata, exif_block, png_chunks
 
 MIN_SIDE: Final = 256
 MAX_SIDE: Final = 2048
@@ -36,6 +37,10 @@ SIXTEEN_TO_EIGHT: Final = 1 / 257  # 65535 / 257 is exactly 255
 # its files are at most a quarter larger; WebP method 2 takes half of the default 4's time.
 PNG_LEVEL: Final = 1
 WEBP_METHOD: Final = 2
+MAX_JPEG_EXIF: Final = 65_533
+"""A segment's length is a 16-bit number that counts itself."""
+MAX_WEBP_EXIF: Final = 2**31
+"""A chunk's has 32 bits."""
 
 
 def decode_inputs(inputs: Inputs, limits: PictureLimits) -> Pictures:
@@ -77,16 +82,24 @@ def resolve_size(
     return _side(across * scale), _side(down * scale)
 
 
-def encode_picture(picture: Image.Image, output_format: OutputFormat, quality: int) -> bytes:
-    """Encode an RGB picture; ``quality`` is 1..100 and has no effect on PNG, which is lossless."""
+def encode_picture(
+    picture: Image.Image, output_format: OutputFormat, quality: int, metadata: Metadata | None = None
+) -> bytes:
+    """Encode an RGB picture; ``quality`` is 1..100 and has no effect on PNG, which is lossless.
+
+    The same pixels and ``metadata`` give the same bytes.
+    """
     buffer = io.BytesIO()
     match output_format:
         case OutputFormat.PNG:
-            picture.save(buffer, "PNG", compress_level=PNG_LEVEL)
+            chunks = None if metadata is None else png_chunks(metadata)
+            picture.save(buffer, "PNG", compress_level=PNG_LEVEL, pnginfo=chunks)
         case OutputFormat.WEBP:
-            picture.save(buffer, "WEBP", quality=quality, method=WEBP_METHOD)
+            exif = b"" if metadata is None else exif_block(metadata, MAX_WEBP_EXIF)
+            picture.save(buffer, "WEBP", quality=quality, method=WEBP_METHOD, exif=exif)
         case OutputFormat.JPEG:
-            picture.save(buffer, "JPEG", quality=quality)
+            exif = b"" if metadata is None else exif_block(metadata, MAX_JPEG_EXIF)
+            picture.save(buffer, "JPEG", quality=quality, exif=exif)
     return buffer.getvalue()
 
 

@@ -22,6 +22,7 @@ from worker.consumer import Consumer
 from worker.engines.base import Engine, EngineInfo
 from worker.engines.fake import FakeEngine
 from worker.runner import JobRunner
+from worker.safety import FakeSafetyChecker, SafetyChecker
 from worker.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
@@ -50,11 +51,30 @@ def choose_engine(settings: Settings) -> Engine:
     return DiffusionEngine(settings.model, settings.device, options)
 
 
+def choose_checker(settings: Settings) -> SafetyChecker | None:
+    """The safety checker that the settings name, loaded, or None where they name none.
+
+    Raises:
+        ConfigurationError: the diffusion extra is not installed, or the checkpoint cannot be used.
+    """
+    if settings.safety_checker is None:
+        return None
+    if settings.safety_checker == "fake":
+        return FakeSafetyChecker()
+    try:
+        from worker.engines.diffusion.safety import DiffusionSafetyChecker
+    except ImportError as exc:
+        raise ConfigurationError(
+            f"The safety checker needs {exc.name}: pip install 'img2img[diffusion]', or unset IMG2IMG_SAFETY_CHECKER"
+        ) from exc
+    return DiffusionSafetyChecker(settings.safety_checker)
+
+
 def _describe(name: str, slots: int, engine: EngineInfo) -> WorkerInfo:
     return WorkerInfo(name, slots, engine.name, engine.model, engine.device, math.prod(engine.native_size))
 
 
-async def serve(settings: Settings, engine: Engine, watchdog: Watchdog) -> None:
+async def serve(settings: Settings, engine: Engine, checker: SafetyChecker | None, watchdog: Watchdog) -> None:
     """Work until SIGTERM or SIGINT; then drain, hand back, and close in reverse order of opening."""
     watchdog.watch_loop()
     loop = asyncio.get_running_loop()
@@ -66,7 +86,7 @@ async def serve(settings: Settings, engine: Engine, watchdog: Watchdog) -> None:
             await stack.enter_async_context(engine)
         telemetry.MODEL_LOAD_SECONDS.observe(time.perf_counter() - started)
         info = _describe(name, settings.concurrency or engine.info.slots, engine.info)
-        runner = JobRunner(parts.queue, parts.blobs, engine, settings, name, watchdog)
+        runner = JobRunner(parts.queue, parts.blobs, engine, settings, name, watchdog, checker)
         consumer = Consumer(parts.queue, runner, info, settings)
         watchdog.before_end(consumer.stop_beating)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -103,7 +123,9 @@ def main() -> None:
             # Importing torch takes seconds: before there is a loop that it could hold up.
             with watchdog.phase("importing the engine"):
                 engine = choose_engine(settings)
-            uvloop.run(serve(settings, engine, watchdog))
+            with watchdog.phase("loading the safety checker"):
+                checker = choose_checker(settings)
+            uvloop.run(serve(settings, engine, checker, watchdog))
     except Img2ImgError as exc:
         sys.stderr.write(f"img2img worker: {exc}\n")
         sys.exit(2 if isinstance(exc, ConfigurationError) else 1)

@@ -30,7 +30,7 @@ from img2img.errors import (
     LeaseLost,
     Unavailable,
 )
-from img2img.jobs import Failure, JobState, Outcome, Result, Running, Stage, StopReason
+from img2img.jobs import Failure, JobSpec, JobState, Outcome, Result, Running, Stage, StopReason
 from img2img.queue import JobQueue
 from img2img.queue_types import Claim
 from img2img.requests import Inputs
@@ -38,6 +38,9 @@ from img2img.server import milliseconds
 from img2img.settings import Settings
 from worker.engines.base import Engine, Image, Notice, Pictures, Progress, Task
 from worker.images import decode_inputs, encode_picture, resolve_size
+from worker.metadata import describe
+from worker.safety import SafetyChecker, check_picture
+from worker.stages import StageClock
 from worker.watchdog import JobWatch, Watchdog
 
 MAX_RETRY_DELAY: Final = 60.0
@@ -79,38 +82,13 @@ class Stop:
         await self._event.wait()
 
 
-class StageClock:
-    """Seconds per stage, without gaps: one stage ends where the next begins. Each is a span, too."""
-
-    def __init__(self, queued: float) -> None:
-        self.seconds: dict[Stage, float] = {Stage.QUEUED: max(0.0, queued)}
-        self._stage = Stage.LOAD
-        self._since = time.perf_counter()
-        self._span = telemetry.start_stage(Stage.LOAD)
-
-    def enter(self, stage: Stage) -> None:
-        if stage == self._stage:
-            return
-        self.close()
-        self._stage, self._span = stage, telemetry.start_stage(stage)
-
-    def close(self) -> None:
-        now = time.perf_counter()
-        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
-        self._since = now
-        self._span.end()
-
-    def observe(self) -> None:
-        for stage, seconds in self.seconds.items():
-            telemetry.STAGE_SECONDS.labels(stage.value).observe(seconds)
-
-
 class Attempt:
     """What one attempt has gathered so far."""
 
     def __init__(self, claim: Claim, executed_by: str, watch: JobWatch) -> None:
         self.claim = claim
         self.watch = watch
+        self.deadline = time.monotonic() + (claim.expires_at - claim.claimed_at) / 1000
         self.clock = StageClock((claim.claimed_at - claim.created_at) / 1000)
         self.running = Running(executed_by=executed_by)
         self.warnings = list(claim.spec.warnings)
@@ -188,11 +166,13 @@ class JobRunner:
         settings: Settings,
         worker: str,
         watchdog: Watchdog | None = None,
+        checker: SafetyChecker | None = None,
     ) -> None:
         self._queue = queue
         self._blobs = blobs
         self._engine = engine
         self._settings = settings
+        self._checker = checker
         self._executed_by = f"{engine.info.name}/{engine.info.model} on {worker}"
         # One that is never opened watches nothing.
         self._watchdog = watchdog or Watchdog(settings.stall_limit, settings.phase_limit)
@@ -254,9 +234,11 @@ class JobRunner:
         pictures = Pictures() if inputs is None else await asyncio.to_thread(decode_inputs, inputs, limits)
         async with Reporter(self._queue, attempt, stop, self._settings.progress_interval) as reporter:
             image = await self._generate(attempt, pictures, reporter)
+        if self._checker is not None:
+            attempt.enter(Stage.CHECK)
+            await check_picture(self._checker, image.picture)
         attempt.enter(Stage.ENCODE)
-        options = spec.options
-        data = await asyncio.to_thread(encode_picture, image.picture, options.output_format, options.output_quality)
+        data = await asyncio.to_thread(self._encode, spec, image)
         attempt.enter(Stage.STORE)
         result = await self._store(attempt, image, data)
         return attempt.outcome(JobState.SUCCEEDED, result=result)
@@ -270,7 +252,7 @@ class JobRunner:
         return msgspec.msgpack.decode(data, type=Inputs)
 
     async def _generate(self, attempt: Attempt, pictures: Pictures, reporter: Reporter) -> Image:
-        task = self._task(attempt.claim, pictures)
+        task = self._task(attempt, pictures)
         attempt.running = msgspec.structs.replace(attempt.running, width=task.width, height=task.height)
         self._waiting.add(attempt.watch)
         try:
@@ -296,8 +278,9 @@ class JobRunner:
         for waiting in self._waiting:
             waiting.renew()
 
-    def _task(self, claim: Claim, pictures: Pictures) -> Task:
-        asked, options = claim.spec.parameters, claim.spec.options
+    def _task(self, attempt: Attempt, pictures: Pictures) -> Task:
+        spec = attempt.claim.spec
+        asked, options = spec.parameters, spec.options
         width, height = resolve_size(asked.width, asked.height, self._engine.info.native_size, pictures.image)
         return Task(
             prompt=asked.prompt,
@@ -307,9 +290,15 @@ class JobRunner:
             num_steps=asked.num_steps,
             strength=asked.strength,
             guidance=asked.guidance,
-            seed=claim.spec.seed,
+            seed=spec.seed,
             sampler=options.sampler,
+            reproducible=options.reproducible,
+            deadline=attempt.deadline,
         )
+
+    def _encode(self, spec: JobSpec, image: Image) -> bytes:
+        metadata = describe(spec, image) if self._settings.image_metadata else None
+        return encode_picture(image.picture, spec.options.output_format, spec.options.output_quality, metadata)
 
     async def _store(self, attempt: Attempt, image: Image, data: bytes) -> Result:
         claim = attempt.claim
@@ -324,6 +313,7 @@ class JobRunner:
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
             expires_at=expires_at,
+            receipt=image.receipt,
         )
 
     def _decide(self, attempt: Attempt, error: Img2ImgError) -> Decision:

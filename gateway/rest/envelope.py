@@ -81,6 +81,7 @@ ERRORS: Final[dict[type[Img2ImgError], Dialect]] = {
     # The job has had all its attempts: an SDK that sends it again would only double them.
     errors.JobError: Dialect(3043, 500, "AiError: Internal server error: {detail} ({id})", retry=False),
     errors.ModelRefused: Dialect(3030, 400, "AiError: Model input is not valid: {detail} ({id})"),
+    errors.UnsafeOutput: Dialect(3030, 400, "AiError: Output has been flagged: {detail} ({id})"),
     errors.JobCanceled: Dialect(3008, 408, "AiError: Request was aborted: {detail} ({id})", retry=False),
     errors.JobExpired: Dialect(3007, 408, "AiError: Request timeout: {detail} ({id})", retry=False),
 }

@@ -40,6 +40,7 @@ STATUS: Final[dict[type[Img2ImgError], int]] = {
     errors.LeaseLost: 409,
     errors.JobError: 500,
     errors.ModelRefused: 422,
+    errors.UnsafeOutput: 422,
     errors.JobCanceled: 409,
     errors.JobExpired: 408,
 }

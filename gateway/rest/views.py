@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from img2img.jobs import Eta, Failure, Job, JobEvent, JobState, PastAttempt, Result, Stage
+from img2img.jobs import Eta, Failure, Job, JobEvent, JobState, PastAttempt, Receipt, Result, Stage
 from img2img.requests import JobOptions, Parameters
 
 
@@ -17,6 +17,7 @@ class ResultView(msgspec.Struct, frozen=True):
     bytes: int
     sha256: str
     expires_at: datetime
+    receipt: Receipt | None
 
 
 class EtaView(msgspec.Struct, frozen=True):

@@ -50,6 +50,7 @@ STATUS: Final[dict[type[Img2ImgError], StatusCode]] = {
     errors.LeaseLost: StatusCode.ABORTED,
     errors.JobError: StatusCode.INTERNAL,
     errors.ModelRefused: StatusCode.INVALID_ARGUMENT,
+    errors.UnsafeOutput: StatusCode.INVALID_ARGUMENT,
     errors.InputGone: StatusCode.ABORTED,
     errors.JobCanceled: StatusCode.CANCELLED,
     errors.JobExpired: StatusCode.DEADLINE_EXCEEDED,

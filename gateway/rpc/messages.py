@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import msgspec
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from img2img.images import PictureInfo
-from img2img.jobs import Failure, Job, JobEvent, JobState, PastAttempt, Result
+from img2img.jobs import Failure, Job, JobEvent, JobState, PastAttempt, Receipt, Result
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 from img2img.v1 import img2img_pb2 as pb
 
@@ -85,6 +86,7 @@ def result_message(result: Result) -> pb.JobResult:
         size_bytes=result.bytes,
         sha256=result.sha256,
         expire_time=_time(result.expires_at),
+        receipt=None if result.receipt is None else _receipt(result.receipt),
     )
 
 
@@ -128,7 +130,13 @@ def _parameters(parameters: Parameters) -> pb.Parameters:
 def _picture(info: PictureInfo | None) -> pb.PictureInfo | None:
     if info is None:
         return None
-    return pb.PictureInfo(format=info.format, width=info.width, height=info.height, size_bytes=info.bytes)
+    return pb.PictureInfo(
+        format=info.format, width=info.width, height=info.height, size_bytes=info.bytes, sha256=info.sha256
+    )
+
+
+def _receipt(receipt: Receipt) -> pb.Receipt:
+    return pb.Receipt(**msgspec.structs.asdict(receipt))  # field for field; a test compares the two
 
 
 def _options(options: JobOptions) -> pb.JobOptions:

@@ -28,6 +28,7 @@ OPTIONS: Final = {
     "priority": "priority",
     "sampler": "sampler",
     "not_before": "not_before",
+    "reproducible": "reproducible",
 }
 FIELDS: Final = {
     "strength": "strength",
@@ -76,7 +77,7 @@ picture_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--strength", type=float, help="0 to 1; lower stays closer to IMAGE.  [default: 1]")
 @click.option("--steps", type=int, help="1 to 20.  [default: 20]")
 @click.option("--guidance", type=float, help="0 to 50; higher follows PROMPT more closely.  [default: 7.5]")
-@click.option("--seed", type=int, help="Makes a picture repeatable; drawn when not given.")
+@click.option("--seed", type=int, help="The same seed makes the same picture, up to rounding; drawn when not given.")
 @click.option("--negative-prompt", metavar="TEXT", help="What to avoid.")
 @click.option("--mask", type=picture_file, help="Which part of IMAGE to draw anew: its white one.")
 @click.option("--width", type=int, help="256 to 2048 pixels; without it what suits the model and IMAGE.")
@@ -87,6 +88,7 @@ picture_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--not-before", type=Time(), metavar="TIME", help="Start no sooner, as 2026-12-31T18:00 (here) or …T18:00Z."
 )
+@click.option("--reproducible", is_flag=True, help="The same bytes again for the same seed: see img2img verify.")
 @click.option("--priority", type=int, help="-10 to 10; higher goes first.  [default: 0]")
 @connection_options
 def generate(words: tuple[str, ...], output: str, output_format: str | None, **given: Any) -> None:
@@ -100,17 +102,22 @@ def generate(words: tuple[str, ...], output: str, output_format: str | None, **g
     fields["options"] = job_options({**given, "output_format": output_format})
     if output != "-" and not Path(output).absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {Path(output).parent}", param_hint="--output")
-    try:
-        with one_line_errors():
-            picture = asyncio.run(make(connection, fields))
-    except KeyboardInterrupt:
-        click.echo("Stopped: the job is canceled.", err=True)
-        raise SystemExit(INTERRUPTED) from None
+    picture = run_job(connection, fields)
     if output == "-":
         sys.stdout.buffer.write(picture.data)
     else:
         Path(output).write_bytes(picture.data)
     click.echo(summary(output, picture), err=True)
+
+
+def run_job(connection: Connection, fields: dict[str, Any]) -> "Picture":
+    """Make a picture and show how it goes on; Ctrl-C cancels its job and ends the program."""
+    try:
+        with one_line_errors():
+            return asyncio.run(make(connection, fields))
+    except KeyboardInterrupt:
+        click.echo("Stopped: the job is canceled.", err=True)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def request_fields(words: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:

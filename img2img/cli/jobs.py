@@ -9,12 +9,13 @@ from img2img.cli.connection import connection_options, one_line_errors, take_con
 from img2img.cli.times import clock, likely
 
 if TYPE_CHECKING:
-    from img2img.client import AttemptInfo, Client, Event, Failure, JobInfo
+    from img2img.client import AttemptInfo, Client, Event, Failure, JobInfo, Receipt
 
 STATES: Final = ("queued", "running", "succeeded", "failed", "canceled", "expired")
 MAX_PAGE: Final = 100
 PROMPT_WIDTH: Final = 48
 PIPE_WIDTH: Final = 160
+SHOWN_DIGITS: Final = 16
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
@@ -158,6 +159,7 @@ def _print_job(job: "JobInfo", as_json: bool) -> None:
         "replays": job.replays or "",
         "executed by": job.executed_by,
         "timings": ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in job.timings.items()),
+        "receipt": _receipt(job.result.receipt) if job.result and job.result.receipt else "",
         "warnings": "; ".join(job.warnings),
         "error": _failure(job.error) if job.error else "",
     }
@@ -166,6 +168,19 @@ def _print_job(job: "JobInfo", as_json: bool) -> None:
             click.echo(f"{name:<12} {value}")
     for past in job.history:
         click.echo(f"{f'attempt {past.attempt}':<12} {_past_attempt(past)}")
+
+
+def _receipt(receipt: "Receipt") -> str:
+    """What made the picture, short: --json has all of it."""
+    words = [
+        f"pixels {receipt.pixels_sha256[:SHOWN_DIGITS]}",
+        f"{receipt.model} {receipt.revision[:SHOWN_DIGITS]}",
+        f"{receipt.steps} steps of {receipt.sampler}",
+        f"{receipt.precision} on {receipt.device}",
+    ]
+    if receipt.rows is not None:
+        words.append(f"reproducible, {receipt.rows} rows")
+    return ", ".join(words)
 
 
 def _past_attempt(past: "AttemptInfo") -> str:

@@ -22,7 +22,8 @@ from img2img.client.values import (
     ResultInfo,
     Violation,
 )
-from img2img.jobs import Failure, JobState
+from img2img.client.verification import Compared, Comparison, compare, repetition
+from img2img.jobs import Failure, JobState, Receipt
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "AttemptInfo",
     "Client",
     "ClientError",
+    "Compared",
+    "Comparison",
     "EtaInfo",
     "Event",
     "Failure",
@@ -41,8 +44,11 @@ __all__ = [
     "OutputFormat",
     "Parameters",
     "Picture",
+    "Receipt",
     "RequestFields",
     "ResultInfo",
     "Sampler",
     "Violation",
+    "compare",
+    "repetition",
 ]

@@ -20,7 +20,7 @@ from img2img.client.values import (
     ResultInfo,
 )
 from img2img.images import PictureInfo
-from img2img.jobs import Failure, JobState, Stage
+from img2img.jobs import Failure, JobState, Receipt, Stage
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 from img2img.v1 import img2img_pb2 as pb
 
@@ -134,7 +134,7 @@ def _parameters(message: pb.Parameters, seed: int) -> Parameters:
 
 
 def _picture(message: pb.PictureInfo) -> PictureInfo:
-    return PictureInfo(message.format, message.width, message.height, message.size_bytes)
+    return PictureInfo(message.format, message.width, message.height, message.size_bytes, message.sha256)
 
 
 def _options(message: pb.JobOptions) -> JobOptions:
@@ -167,6 +167,22 @@ def _result(message: pb.JobResult) -> ResultInfo:
         size_bytes=message.size_bytes,
         sha256=message.sha256,
         expires_at=_time(message.expire_time),
+        receipt=_receipt(message.receipt) if message.HasField("receipt") else None,
+    )
+
+
+def _receipt(message: pb.Receipt) -> Receipt:
+    return Receipt(
+        pixels_sha256=message.pixels_sha256,
+        model=message.model,
+        revision=message.revision,
+        weights=dict(message.weights),
+        sampler=message.sampler,
+        steps=message.steps,
+        precision=message.precision,
+        device=message.device,
+        versions=dict(message.versions),
+        **_present(message, "rows"),
     )
 
 

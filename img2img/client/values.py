@@ -6,7 +6,7 @@ from typing import Required, TypedDict
 
 import msgspec
 
-from img2img.jobs import Failure, JobState
+from img2img.jobs import Failure, JobState, Receipt
 from img2img.requests import JobOptions, Parameters
 
 
@@ -64,7 +64,7 @@ class RequestFields(TypedDict, total=False):
 
 
 class ResultInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the finished picture is; it can be read until ``expires_at``."""
+    """What the finished picture is, and what made it; it can be read until ``expires_at``."""
 
     media_type: str
     width: int
@@ -72,6 +72,7 @@ class ResultInfo(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     sha256: str
     expires_at: datetime
+    receipt: Receipt | None = None
 
 
 class EtaInfo(msgspec.Struct, frozen=True):

@@ -100,16 +100,18 @@ class JobOptions(_message.Message):
     def __init__(self, priority: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., sampler: _Optional[_Union[Sampler, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_quality: _Optional[int] = ..., reject_if_busy: bool = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., reproducible: bool = ..., previews: bool = ...) -> None: ...
 
 class PictureInfo(_message.Message):
-    __slots__ = ("format", "width", "height", "size_bytes")
+    __slots__ = ("format", "width", "height", "size_bytes", "sha256")
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     format: str
     width: int
     height: int
     size_bytes: int
-    def __init__(self, format: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+    sha256: str
+    def __init__(self, format: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class Parameters(_message.Message):
     __slots__ = ("prompt", "negative_prompt", "height", "width", "image", "mask", "num_steps", "strength", "guidance")

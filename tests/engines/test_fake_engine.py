@@ -1,8 +1,10 @@
 """The fake engine behaves like a real one, and misbehaves on request."""
 
 import asyncio
+import hashlib
 import time
 from contextlib import aclosing
+from importlib.metadata import version
 
 import msgspec
 import pytest
@@ -10,11 +12,12 @@ from engine_helpers import collect, distance, task_of
 from PIL import Image, ImageChops
 
 from img2img.errors import EngineFailed, ModelRefused
-from img2img.jobs import Stage
+from img2img.jobs import Receipt, Stage
 from img2img.requests import Sampler
 from worker.engines.base import EngineInfo, Pictures, Progress, Task
 from worker.engines.base import Image as Finished
 from worker.engines.fake import FakeEngine
+from worker.safety import FakeSafetyChecker
 
 
 async def picture_of(task: Task, pictures: Pictures | None = None, engine: FakeEngine | None = None) -> Image.Image:
@@ -49,8 +52,40 @@ CHANGES = {
 }
 
 
+WAYS = {"reproducible": True, "previews": True, "deadline": 1.0}
+"""Fields that say how to work, not what to draw."""
+
+
 def test_every_field_has_a_change():
-    assert set(CHANGES) == set(Task.__struct_fields__)
+    assert set(CHANGES) | set(WAYS) == set(Task.__struct_fields__)
+
+
+@pytest.mark.parametrize("field", WAYS)
+async def test_how_it_works_changes_no_pixel(field):
+    before = await picture_of(task_of())
+
+    assert (await picture_of(msgspec.structs.replace(task_of(), **{field: WAYS[field]}))).tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+async def test_its_receipt(dog, reproducible):
+    task = task_of(sampler=Sampler.EULER_A, reproducible=reproducible)
+
+    *_, last = await collect(FakeEngine().generate(task, Pictures(dog)))
+
+    digest = hashlib.sha256(last.picture.tobytes()).hexdigest()
+    assert last.receipt == Receipt(
+        pixels_sha256=digest,
+        model="fake",
+        revision="fake-1",
+        weights={},
+        sampler="euler_a",
+        steps=3,
+        precision="none",
+        device="cpu",
+        versions={"img2img": version("img2img"), "pillow": version("pillow")},
+        rows=1 if reproducible else None,
+    )
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -145,6 +180,13 @@ async def test_fail_so_many_attempts_of_one_prompt_and_seed():
 async def test_refuse():
     with pytest.raises(ModelRefused):
         await picture_of(task_of(prompt="fake:refuse"))
+
+
+async def test_a_picture_is_marked_as_unsafe_only_on_request():
+    marked = await picture_of(task_of(prompt="a lion fake:unsafe"))
+
+    assert FakeSafetyChecker().is_unsafe(marked)
+    assert not FakeSafetyChecker().is_unsafe(await picture_of(task_of()))
 
 
 async def test_block_holds_up_the_event_loop():

@@ -20,6 +20,7 @@ from worker.engines.base import Checkpoint, Pictures, Preview, Progress, Task
 from worker.engines.diffusion.batcher import Limits
 from worker.engines.diffusion.lane import Intervals, Lane
 from worker.engines.diffusion.model import DiffusionModel, open_model
+from worker.engines.receipts import pixels_digest
 
 DOG = Path(__file__).parents[2] / "examples" / "dog.png"
 SMALL = {"width": 64, "height": 64}
@@ -409,7 +410,7 @@ def test_a_receipt_tells_what_made_the_picture(studio: Studio) -> None:
     assert fixed is not None
     assert (usual.rows, fixed.rows) == (None, LIMITS.fixed_rows)
     assert (fixed.sampler, fixed.steps, fixed.precision) == ("dpmpp_2m", 5, "float32")
-    assert fixed.pixels_sha256 == base.pixels_digest(studio.fixed[0].picture)
+    assert fixed.pixels_sha256 == pixels_digest(studio.fixed[0].picture)
     assert set(fixed.weights) == {"text_encoder", "unet", "vae"}
     assert {"torch", "diffusers", "img2img"} <= set(fixed.versions)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import datetime
+from hashlib import sha256
 
 import httpx
 import pytest
@@ -62,7 +63,8 @@ def test_a_file_can_be_uploaded(http: httpx.Client) -> None:
         headers={"prefer": "wait=30"},
     ).json()
     assert job["state"] == "succeeded"
-    assert job["parameters"]["image"] == {"format": "PNG", "width": 256, "height": 256, "bytes": DOG.stat().st_size}
+    shown = {"format": "PNG", "width": 256, "height": 256, "bytes": DOG.stat().st_size}
+    assert job["parameters"]["image"] == shown | {"sha256": sha256(DOG.read_bytes()).hexdigest()}
 
 
 def test_a_job_can_be_watched(grpc: Client) -> None:

@@ -190,7 +190,7 @@ async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
     """A job is read into plain values, field for field."""
     parameters = pb.Parameters(
         prompt="a lion",
-        image=pb.PictureInfo(format="PNG", width=4, height=5, size_bytes=6),
+        image=pb.PictureInfo(format="PNG", width=4, height=5, size_bytes=6, sha256="cd"),
         num_steps=20,
         strength=1,
         guidance=7.5,
@@ -206,7 +206,15 @@ async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
         timings={"queued": 0.5},
         warnings=["cut"],
         error=pb.JobError(code="engine_failed", message="no luck"),
-        result=pb.JobResult(media_type="image/png", width=1, height=2, size_bytes=3, sha256="ab", expire_time=STAMP),
+        result=pb.JobResult(
+            media_type="image/png",
+            width=1,
+            height=2,
+            size_bytes=3,
+            sha256="ab",
+            expire_time=STAMP,
+            receipt=pb.Receipt(model="m", weights={"unet": "ef"}, steps=4, versions={"torch": "2"}, rows=0),
+        ),
         width=256,
         finish_time=STAMP,
     )
@@ -216,7 +224,7 @@ async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
     assert (found.id, found.state, found.attempt, found.seed) == ("0-1", JobState.SUCCEEDED, 2, 9)
     assert (found.created_at, found.started_at, found.finished_at) == (AT, None, AT)
     assert found.parameters.prompt == "a lion"
-    assert found.parameters.image == PictureInfo("PNG", 4, 5, 6)
+    assert found.parameters.image == PictureInfo("PNG", 4, 5, 6, "cd")
     assert found.parameters.negative_prompt is None
     assert found.options == JobOptions(priority=1, sampler=Sampler.DDIM, not_before=AT)
     assert found.eta == EtaInfo(AT, AT)
@@ -226,6 +234,10 @@ async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
     assert found.error == Failure("engine_failed", "no luck")
     assert found.result is not None
     assert (found.result.size_bytes, found.result.expires_at) == (3, AT)
+    receipt = found.result.receipt
+    assert receipt is not None
+    assert (receipt.model, receipt.weights, receipt.steps, receipt.versions) == ("m", {"unet": "ef"}, 4, {"torch": "2"})
+    assert receipt.rows == 0
     assert (found.width, found.height, found.step) == (256, None, None)
 
 

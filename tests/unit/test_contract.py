@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
 from img2img.errors import InvalidRequest
-from img2img.jobs import JobState, Stage
+from img2img.jobs import JobState, Receipt, Stage
 from img2img.requests import Img2ImgRequest, JobOptions, OutputFormat, Parameters, Sampler, build_request
 from img2img.schema import INPUT_SCHEMA
 from img2img.v1 import img2img_pb2
@@ -120,6 +120,12 @@ class TestProtobuf:
         expected = ["UNSPECIFIED", *(item.name for item in kind)]
         assert [value.name for value in values] == [f"{prefix}_{name}" for name in expected]
         assert [value.number for value in values] == list(range(len(values)))
+
+    def test_a_receipt_has_the_same_fields_and_the_same_ones_can_be_absent(self) -> None:
+        fields = {field.name: field for field in MESSAGES["Receipt"].fields}
+        assert set(fields) == {field.name for field in msgspec.structs.fields(Receipt)}
+        optional = {field.name for field in msgspec.structs.fields(Receipt) if not field.required}
+        assert {name for name, field in fields.items() if field.has_presence} == optional
 
     def test_stages_go_as_text(self) -> None:
         """They are keys of ``timings``, which an enum cannot be; a client may meet one that it does not know."""

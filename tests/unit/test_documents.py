@@ -12,7 +12,15 @@ from img2img.errors import most_specific
 from img2img.settings import CLIENT_VARIABLES, PREFIX, Settings
 
 DOCS = Path(__file__).parents[2] / "docs"
-TYPES = {str: "text", int: "integer", float: "number", bool: "switch", Path: "path", Path | None: "path"}
+TYPES = {
+    str: "text",
+    int: "integer",
+    float: "number",
+    bool: "switch",
+    str | None: "text",
+    Path: "path",
+    Path | None: "path",
+}
 SETTING = re.compile(r"^\| `(IMG2IMG_\w+)` \| (\w+) \| (?:`(.+?)`|(none)) \| \S.* \|$", re.MULTILINE)
 CODE = re.compile(r"^\| (\d+) \| (\d+) \| `([a-z_]+)` \|", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(#[^)]*)?\)")

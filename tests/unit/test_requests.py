@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+from hashlib import sha256
 from typing import Any
 
 import msgspec
@@ -229,7 +230,7 @@ class TestPictures:
     def test_every_spelling_is_the_same_request(self, image: dict[str, object]) -> None:
         checked = build_request({"prompt": "x"} | image)
         assert checked.request.image == PICTURE
-        assert checked.parameters.image == PictureInfo("PNG", 64, 48, len(PICTURE))
+        assert checked.parameters.image == PictureInfo("PNG", 64, 48, len(PICTURE), sha256(PICTURE).hexdigest())
         assert checked.fingerprint() == build_request({"prompt": "x", "image": PICTURE}).fingerprint()
 
     @settings(max_examples=50, deadline=None)

@@ -5,7 +5,6 @@ It never blocks the event loop: heavy work runs in a thread of its own.
 """
 
 import asyncio
-import hashlib
 import math
 from collections.abc import AsyncIterator
 from types import TracebackType
@@ -102,11 +101,6 @@ class Image(msgspec.Struct, frozen=True):
 
 
 Output = Progress | Notice | Preview | Checkpoint | Image
-
-
-def pixels_digest(picture: PillowImage.Image) -> str:
-    """SHA-256 of an RGB picture's pixels, row by row, a byte a channel."""
-    return hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
 
 
 class Engine(Protocol):

@@ -5,6 +5,7 @@ Words in the prompt make it misbehave:
     fake:fail       fail every attempt (EngineFailed)
     fake:fail=N     fail the first N attempts at this prompt and seed, then work
     fake:refuse     refuse the task (ModelRefused)
+    fake:unsafe     draw what the safety checker ``fake`` flags
     fake:step=0.2   take that many seconds a step
     fake:block=3    hold up the event loop for that many seconds, as only a broken engine does
     fake:hang       do nothing more and let nobody end it, as a thread that hangs in native code
@@ -15,6 +16,7 @@ With ``obeys=False`` it does none of this but ``fake:step``: as a build in which
 
 import asyncio
 import hashlib
+import math
 import os
 import re
 import signal
@@ -29,12 +31,18 @@ import msgspec
 from PIL import Image as PillowImage
 
 from img2img.errors import EngineFailed, ModelRefused
-from img2img.jobs import Stage
+from img2img.jobs import Receipt, Stage
+from img2img.requests import Sampler
 from worker.engines.base import Checkpoint, EngineInfo, Image, Output, Pictures, Progress, Task
+from worker.engines.receipts import package_versions, pixels_digest
 
 INFO: Final = EngineInfo("fake", "fake", "cpu", (256, 256))
-DIRECTIVE: Final = re.compile(r"fake:(fail|refuse|step|block|hang|crash)(?:=(\d+(?:\.\d+)?))?")
+REVISION: Final = "fake-1"
+DEFAULT_SAMPLER: Final = Sampler.DPMPP_2M
+DIRECTIVE: Final = re.compile(r"fake:(fail|refuse|unsafe|step|block|hang|crash)(?:=(\d+(?:\.\d+)?))?")
 HARMLESS: Final = "step"
+UNSAFE: Final = "fake:unsafe"
+"""Marks a picture, in Pillow's ``info``, for ``worker.safety.FakeSafetyChecker``."""
 PATTERN_SIDE: Final = 8
 STAMP_PIXELS: Final = 11
 
@@ -89,7 +97,10 @@ class FakeEngine:
                 await self._misbehave(directives, task)
             yield Progress(Stage.STEPS, step, steps)
         yield Progress(Stage.DECODE_IMAGE)
-        yield Image(await asyncio.to_thread(draw, task, pictures))
+        image = await asyncio.to_thread(_finish, task, pictures, steps)
+        if "unsafe" in directives:
+            image.picture.info[UNSAFE] = True
+        yield image
 
     def _directives(self, prompt: str) -> dict[str, str | None]:
         found = {match[1]: match[2] for match in DIRECTIVE.finditer(prompt)}
@@ -112,12 +123,31 @@ class FakeEngine:
             raise EngineFailed("The fake engine was told to fail: take 'fake:fail' out of the prompt")
 
 
+def _finish(task: Task, pictures: Pictures, steps: int) -> Image:
+    picture = draw(task, pictures)
+    receipt = Receipt(
+        pixels_sha256=pixels_digest(picture),
+        model=INFO.model,
+        revision=REVISION,
+        weights={},
+        sampler=(task.sampler or DEFAULT_SAMPLER).value,
+        steps=steps,
+        precision="none",
+        device=INFO.device,
+        versions=package_versions("img2img", "pillow"),
+        rows=1 if task.reproducible else None,
+    )
+    return Image(picture, receipt)
+
+
 def draw(task: Task, pictures: Pictures) -> PillowImage.Image:
     """A coloured pattern of the task's size, mixed with the input picture by ``strength``.
 
     The mean distance to the input grows in proportion to ``strength``, and pixels outside the mask are the
     input's.
     """
+    # These say how to work, not what to draw.
+    task = msgspec.structs.replace(task, reproducible=False, previews=False, deadline=math.inf)
     size = (task.width, task.height)
     pixels = _digest(pictures)
     # In blocks, not blurred: encoding a smooth pattern costs more than all else that the service does for a job.

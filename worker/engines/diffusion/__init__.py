@@ -10,6 +10,7 @@ inpainting.py   masks: what a UNet of 4 or 9 input channels needs, and putting t
 checkpoints.py  a job's state between two steps
 previews.py     small pictures of what a job has so far
 receipts.py     what made a picture
+safety.py       a check of finished pictures, on the CPU
 pixels.py       Pillow pictures to tensors and back
 model.py        the networks: text, VAE and UNet, one method each
 graphs.py, compiling.py, warmup.py  what makes passes fast, before they are waited for

@@ -1,16 +1,14 @@
 """What made a picture, for whoever wants to make it again."""
 
-from functools import cache
-from importlib.metadata import version
 from typing import Final
 
 import torch
 from PIL import Image as PillowImage
 
 from img2img.jobs import Receipt
-from worker.engines.base import pixels_digest
 from worker.engines.diffusion.model import DiffusionModel
 from worker.engines.diffusion.samplers import Schedule
+from worker.engines.receipts import package_versions, pixels_digest
 
 PACKAGES: Final = ("img2img", "torch", "diffusers", "transformers")
 
@@ -26,7 +24,7 @@ def make_receipt(model: DiffusionModel, schedule: Schedule, picture: PillowImage
         steps=len(schedule.steps),
         precision=model.precision,
         device=describe_device(model.device),
-        versions=_versions(),
+        versions=package_versions(*PACKAGES),
         rows=rows,
     )
 
@@ -37,8 +35,3 @@ def describe_device(device: torch.device) -> str:
         cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in PACKAGES}
