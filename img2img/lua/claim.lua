@@ -25,7 +25,7 @@ end
 
 -- Never again the same, even after a failover to a server that has not seen the latest ones: they follow the clock.
 local function next_fence()
-  local fence = int(math.max(tonumber(redis.call('GET', P .. 'fence') or 0) + 1, NOW * 1000))
+  local fence = int(math.max(tonumber(redis.call('GET', P .. 'fence') or 0) + 1, TIME[1] * 1000000 + TIME[2]))
   redis.call('SET', P .. 'fence', fence)
   return tonumber(fence)
 end
