@@ -12,6 +12,7 @@ from PIL import Image
 
 from img2img.errors import InvalidImage
 from img2img.images import HEADER_ERRORS, PictureLimits, open_picture, orientation
+from img2img.jobs import PreviewPicture
 from img2img.requests import SIZE_MULTIPLE, Inputs, OutputFormat
 from worker.engines.base import Pictures
 
@@ -36,6 +37,9 @@ SIXTEEN_TO_EIGHT: Final = 1 / 257  # 65535 / 257 is exactly 255
 # its files are at most a quarter larger; WebP method 2 takes half of the default 4's time.
 PNG_LEVEL: Final = 1
 WEBP_METHOD: Final = 2
+
+PREVIEW_SIDE: Final = 256
+PREVIEW_QUALITY: Final = 80
 
 
 def decode_inputs(inputs: Inputs, limits: PictureLimits) -> Pictures:
@@ -88,6 +92,15 @@ def encode_picture(picture: Image.Image, output_format: OutputFormat, quality: i
         case OutputFormat.JPEG:
             picture.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def encode_preview(picture: Image.Image) -> PreviewPicture:
+    """Encode an RGB picture as a small WebP: one with a side above 256 pixels is scaled down."""
+    if max(picture.size) > PREVIEW_SIDE:
+        picture = picture.copy()
+        picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    data = encode_picture(picture, OutputFormat.WEBP, PREVIEW_QUALITY)
+    return PreviewPicture(OutputFormat.WEBP.media_type, picture.width, picture.height, data)
 
 
 def _load(field: str, data: bytes, limits: PictureLimits) -> Image.Image:

@@ -34,7 +34,9 @@ def choose_engine(settings: Settings) -> Engine:
         ConfigurationError: the diffusion extra is not installed.
     """
     if settings.engine == "fake":
-        return FakeEngine(settings.fake_step_seconds, obeys=settings.fake_obeys)
+        return FakeEngine(
+            settings.fake_step_seconds, obeys=settings.fake_obeys, checkpoint_seconds=settings.checkpoint_interval
+        )
     try:
         from worker.engines.diffusion import DiffusionEngine  # torch takes seconds to import
     except ImportError as exc:
