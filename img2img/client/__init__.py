@@ -22,7 +22,7 @@ from img2img.client.values import (
     ResultInfo,
     Violation,
 )
-from img2img.jobs import Failure, JobState
+from img2img.jobs import Failure, JobState, PreviewPicture
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "OutputFormat",
     "Parameters",
     "Picture",
+    "PreviewPicture",
     "RequestFields",
     "ResultInfo",
     "Sampler",
