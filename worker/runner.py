@@ -209,8 +209,10 @@ class JobRunner:
 
     def _progress(self, attempt: Attempt, progress: Progress, task: Task, resume: Checkpoint | None) -> None:
         if resume is not None and progress.stage == Stage.STEPS and attempt.running.stage != Stage.STEPS:
-            # An engine leaves a checkpoint aside that another release or another model made.
-            log.info("job_resumed" if progress.step else "checkpoint_unfit", job=attempt.claim.id, step=progress.step)
+            if progress.step > 0:
+                log.info("job_resumed", job=attempt.claim.id, step=progress.step)
+            else:  # another release's, or another model's
+                log.warning("checkpoint_unfit", job=attempt.claim.id, step=resume.step)
         attempt.clock.enter(progress.stage)
         attempt.watch.progress(progress, (task.width, task.height))
 
