@@ -32,7 +32,7 @@ from img2img.errors import (
 from img2img.events import READ_LIMIT, EventHub
 from img2img.jobs import Job, JobEvent, JobSpec, JobState, Outcome, Result, StopReason
 from img2img.queue import JobQueue
-from img2img.queue_types import Join, Lifetime, Page, QueueStats, Submitted, Waiter
+from img2img.queue_types import INPUT_BLOB, Join, Lifetime, Page, QueueStats, Submitted, Waiter
 from img2img.requests import CheckedRequest, build_request, draw_seed
 from img2img.server import milliseconds
 from img2img.settings import Settings
@@ -331,7 +331,7 @@ class JobService:
     async def _store_inputs(self, job_id: str, checked: CheckedRequest, lifetime: Lifetime) -> str | None:
         if checked.inputs is None:
             return None
-        key = f"input:{job_id}"
+        key = f"{INPUT_BLOB}{job_id}"
         expires_at = self._inputs_expiry(lifetime, checked.options.not_before)
         data = msgspec.msgpack.encode(checked.inputs)
         storing = asyncio.create_task(self._blobs.put(key, data, expires_at), name=f"store-{job_id}")

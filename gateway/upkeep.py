@@ -36,7 +36,7 @@ async def run_upkeep(queue: JobQueue, blobs: BlobStore, input_retention: float) 
 
 
 async def _follow(queue: JobQueue, blobs: BlobStore, discard: Discard, input_retention: float) -> None:
-    retention = max(discard.kept, input_retention)
+    retention = max(discard.kept, input_retention) if discard.is_input else discard.kept
     if retention <= 0:
         await blobs.delete(discard.key)
     else:

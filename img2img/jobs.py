@@ -24,6 +24,8 @@ class JobState(StrEnum):
 
 
 TERMINAL_STATES: Final = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED, JobState.EXPIRED})
+PREVIEW: Final = "preview"
+"""The type of an event that shows what a running job has so far."""
 
 
 class StopReason(StrEnum):
@@ -107,6 +109,15 @@ class StoredCheckpoint(msgspec.Struct, frozen=True):
     blob: str
     step: int
     steps: int
+
+
+class PreviewPicture(msgspec.Struct, frozen=True):
+    """A small encoded picture of what a job has so far; in JSON its bytes are base64."""
+
+    media_type: str
+    width: int
+    height: int
+    image: bytes
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -207,4 +218,11 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def state(self) -> JobState:
         """The job's state after this event."""
-        return JobState.RUNNING if self.type == "progress" else JobState(self.type)
+        return JobState.RUNNING if self.type in ("progress", PREVIEW) else JobState(self.type)
+
+    @property
+    def preview(self) -> PreviewPicture | None:
+        """The picture of a preview, for as long as the log keeps it: until the next one, or the attempt's end."""
+        if self.type != PREVIEW or "image" not in self.data:
+            return None
+        return msgspec.convert(self.data, PreviewPicture)

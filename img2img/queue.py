@@ -18,27 +18,33 @@ from redis.exceptions import NoScriptError, ReadOnlyError
 
 from img2img import lua
 from img2img.errors import (
-    AccountQueueFull,
-    Congested,
-    DeadlineUnreachable,
     IdempotencyConflict,
     JobNotFound,
     LeaseLost,
     NoCapacity,
     NotReplayable,
-    QueueFull,
     Unavailable,
 )
-from img2img.jobs import Failure, Job, JobSpec, JobState, Outcome, Running, StopReason
+from img2img.jobs import (
+    Failure,
+    Job,
+    JobSpec,
+    JobState,
+    Outcome,
+    PreviewPicture,
+    Running,
+    StopReason,
+    StoredCheckpoint,
+)
 from img2img.queue_types import Claim, Discard, Join, Lifetime, Page, QueueStats, Share, Submitted, Waiter, WorkerInfo
-from img2img.records import JOB_FIELDS, read_job, work_of
+from img2img.records import JOB_FIELDS, read_claim, read_discard, read_job, read_refusal, read_stop, work_of
 from img2img.server import milliseconds, translated
 from img2img.trips import SharedTrips
 
 SHARD: Final = 0
 SCRIPTS: Final = (
-    "submit", "claim", "beat", "report", "finish", "release", "cancel", "replay", "look", "wait", "leave", "sweep",
-    "sign_off", "stats",
+    "submit", "claim", "beat", "report", "checkpoint", "preview", "finish", "release", "cancel", "replay", "look",
+    "wait", "leave", "sweep", "sign_off", "stats",
 )  # fmt: skip
 SHARING: Final = ("submit", "finish")
 """Those of them of which many are under way at once."""
@@ -119,7 +125,7 @@ class JobQueue:
             case ["busy"]:
                 raise NoCapacity("Every worker is busy: try again, or send the request without rejectIfBusy")
             case [why, pause, eta]:
-                raise _congested(why, float(pause), float(eta) if eta else None)
+                raise read_refusal(why, float(pause), float(eta) if eta else None)
         return Submitted(spec.id, created=True)
 
     def _order(self, spec: JobSpec, lifetime: Lifetime, share: Share) -> dict[str, object]:
@@ -199,7 +205,7 @@ class JobQueue:
     async def _readable(self, raw: Sequence[Any]) -> Claim | None:
         """The claim; a job that this release cannot read goes back, for a newer worker to take."""
         try:
-            return _claim(raw)
+            return read_claim(raw)
         except msgspec.MsgspecError as exc:
             why = f"A worker of another release cannot read the job: {exc}"
             delay = milliseconds(UNREADABLE_DELAY)
@@ -216,7 +222,7 @@ class JobQueue:
             "beat", worker.id, milliseconds(ttl), info, worker.slots, worker.native_pixels, milliseconds(lease), *held
         )
         told = zip(claims, answers, strict=True)
-        return {claim.fence: _stop_reason(answer) for claim, answer in told if answer != b"ok"}
+        return {claim.fence: read_stop(answer) for claim, answer in told if answer != b"ok"}
 
     async def wait_for_work(self, timeout: float) -> None:
         """Sleep until a job is submitted, or ``timeout`` seconds; a lost ring costs no more than that."""
@@ -237,7 +243,22 @@ class JobQueue:
     async def report(self, claim: Claim, running: Running) -> StopReason | None:
         """Record progress; answers with the reason if the job should stop."""
         answer = await self._run("report", claim.id, claim.fence, msgspec.json.encode(running))
-        return None if answer == b"ok" else _stop_reason(answer)
+        return None if answer == b"ok" else read_stop(answer)
+
+    async def checkpoint(self, claim: Claim, checkpoint: StoredCheckpoint) -> StopReason | None:
+        """Record where the next attempt can go on, in place of what was recorded before. Safe to repeat.
+
+        Answers with the reason if the job should stop; after ``LEASE_LOST`` nothing was written.
+        """
+        answer = await self._run("checkpoint", claim.id, claim.fence, msgspec.json.encode(checkpoint))
+        return None if answer == b"ok" else read_stop(answer)
+
+    async def preview(self, claim: Claim, step: int, steps: int, picture: PreviewPicture) -> StopReason | None:
+        """Show what the attempt has after ``step`` of its ``steps``; answers with the reason if the job should stop."""
+        bare = {"step": step, "steps": steps}
+        whole = msgspec.json.encode(bare | msgspec.structs.asdict(picture))
+        answer = await self._run("preview", claim.id, claim.fence, whole, msgspec.json.encode(bare))
+        return None if answer == b"ok" else read_stop(answer)
 
     async def finish(self, claim: Claim, outcome: Outcome) -> None:
         """End the job: record, terminal event and arq's result in one step. Safe to repeat.
@@ -296,9 +317,9 @@ class JobQueue:
         await self._run("leave", job_id, waiter.id, waiter.grace)
 
     async def sweep(self) -> tuple[list[Discard], float | None]:
-        """End what is overdue; answers which input blobs may go, and in how many seconds there is more to do."""
+        """End what is overdue; answers which blobs may go, and in how many seconds there is more to do."""
         due, *words = await self._run("sweep")
-        return [_discard(word.decode()) for word in words], None if due < 0 else due / 1000
+        return [read_discard(word.decode()) for word in words], None if due < 0 else due / 1000
 
     async def discarded(self, discard: Discard) -> None:
         """It has been done; until then it is told again."""
@@ -361,33 +382,5 @@ class JobQueue:
             return await self._scripts[script](keys=[self.prefix], args=[self.name, *arguments])
 
 
-def _stop_reason(answer: bytes) -> StopReason:
-    return StopReason.LEASE_LOST if answer == b"lost" else StopReason(answer.decode())
-
-
-def _claim(raw: Sequence[Any]) -> Claim:
-    job_id, fence, attempt, spec, created, expires, now, suspect, failures = raw
-    decoded = msgspec.json.decode(spec, type=JobSpec)
-    return Claim(
-        job_id.decode(), fence, attempt, decoded, int(created), int(expires), now, bool(suspect), int(failures)
-    )
-
-
-def _discard(word: str) -> Discard:
-    kept, _, key = word.partition(" ")
-    return Discard(word, key, int(kept) / 1000)
-
-
 def _unavailable(error: Exception) -> Unavailable:
     return Unavailable(f"The queue server does not answer as it should ({type(error).__name__}): try again")
-
-
-def _congested(why: str, pause: float, eta: float | None) -> Congested:
-    likely = "" if eta is None else f"; a job queued now would be done in about {eta:.0f} s"
-    if why == "late":
-        return DeadlineUnreachable(
-            f"The deadline cannot be met{likely}: try again later, or allow more time", pause, eta
-        )
-    if why == "full_account":
-        return AccountQueueFull(f"As many jobs of this account wait as may{likely}: try again later", pause, eta)
-    return QueueFull(f"As many jobs wait as may{likely}: try again later", pause, eta)

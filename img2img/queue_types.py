@@ -1,10 +1,13 @@
 """What callers hand to the queue, and what it answers."""
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
-from img2img.jobs import Job, JobSpec
+from img2img.jobs import Job, JobSpec, StoredCheckpoint
+
+INPUT_BLOB: Final = "input:"
+"""How the key of a job's input files begins."""
 
 
 class Join(msgspec.Struct, frozen=True):
@@ -53,7 +56,8 @@ class Submitted(msgspec.Struct, frozen=True):
 class Claim(msgspec.Struct, frozen=True):
     """A worker's hold on a job: every write of this attempt carries ``fence``. Times in ms since 1970.
 
-    A ``suspect`` has lost a worker before: one that is claimed by an idle worker runs alone there.
+    A ``suspect`` has lost a worker before: one that is claimed by an idle worker runs alone there. An earlier attempt
+    may have left a ``checkpoint`` to go on from.
     """
 
     id: str
@@ -65,6 +69,7 @@ class Claim(msgspec.Struct, frozen=True):
     claimed_at: int
     suspect: bool = False
     failures: int = 0
+    checkpoint: StoredCheckpoint | None = None
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
@@ -79,11 +84,16 @@ class WorkerInfo(msgspec.Struct, frozen=True):
 
 
 class Discard(msgspec.Struct, frozen=True):
-    """An input blob that no job needs any more, but maybe for a replay within ``kept`` seconds."""
+    """A blob that no job needs any more; an input one is kept for ``kept`` seconds, for a replay."""
 
     word: str
     key: str
     kept: float
+
+    @property
+    def is_input(self) -> bool:
+        """Whether users may want it kept for longer; what else jobs leave is of no use to anybody."""
+        return self.key.startswith(INPUT_BLOB)
 
 
 class QueueStats(msgspec.Struct, frozen=True):

@@ -1,11 +1,23 @@
-"""A job's record on the server, read back. The scripts in ``lua/`` write it; fields: docs/queue.md."""
+"""What the scripts in ``lua/`` write and answer, read back: a job's record above all. Fields: docs/queue.md."""
 
 from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
 
-from img2img.jobs import Eta, Job, JobSpec, JobState, Outcome, PastAttempt, Running, StopReason
+from img2img.errors import AccountQueueFull, Congested, DeadlineUnreachable, QueueFull
+from img2img.jobs import (
+    Eta,
+    Job,
+    JobSpec,
+    JobState,
+    Outcome,
+    PastAttempt,
+    Running,
+    StopReason,
+    StoredCheckpoint,
+)
+from img2img.queue_types import Claim, Discard
 from img2img.requests import Parameters
 
 JOB_FIELDS: Final = (
@@ -61,3 +73,47 @@ def read_job(row: Sequence[Any]) -> Job:
         replays=number("replays") or 0,
         history=() if history is None else msgspec.json.decode(history, type=tuple[PastAttempt, ...]),
     )
+
+
+def read_claim(raw: Sequence[Any]) -> Claim:
+    """A claim of ``claim.lua``.
+
+    Raises:
+        msgspec.MsgspecError: another release wrote the job.
+    """
+    job_id, fence, attempt, spec, created, expires, now, suspect, failures, checkpoint = raw
+    return Claim(
+        id=job_id.decode(),
+        fence=fence,
+        attempt=attempt,
+        spec=msgspec.json.decode(spec, type=JobSpec),
+        created_at=int(created),
+        expires_at=int(expires),
+        claimed_at=now,
+        suspect=bool(suspect),
+        failures=int(failures),
+        checkpoint=None if checkpoint is None else msgspec.json.decode(checkpoint, type=StoredCheckpoint),
+    )
+
+
+def read_stop(answer: bytes) -> StopReason:
+    """Why a job should stop, where a script does not answer "ok"."""
+    return StopReason.LEASE_LOST if answer == b"lost" else StopReason(answer.decode())
+
+
+def read_discard(word: str) -> Discard:
+    """A word of ``sweep.lua``: for how many milliseconds which blob is kept."""
+    kept, _, key = word.partition(" ")
+    return Discard(word, key, int(kept) / 1000)
+
+
+def read_refusal(why: str, pause: float, eta: float | None) -> Congested:
+    """Why ``submit.lua`` takes no job now; ``pause`` and ``eta`` are in seconds."""
+    likely = "" if eta is None else f"; a job queued now would be done in about {eta:.0f} s"
+    if why == "late":
+        return DeadlineUnreachable(
+            f"The deadline cannot be met{likely}: try again later, or allow more time", pause, eta
+        )
+    if why == "full_account":
+        return AccountQueueFull(f"As many jobs of this account wait as may{likely}: try again later", pause, eta)
+    return QueueFull(f"As many jobs wait as may{likely}: try again later", pause, eta)

@@ -23,9 +23,9 @@ POSITIVE: Final = (
     "result_retention", "stall_limit", "sync_timeout",
 )  # fmt: skip
 NOT_NEGATIVE: Final = (
-    "concurrency", "drain_timeout", "fake_step_seconds", "input_retention", "max_defer", "max_queued",
-    "max_queued_per_tenant", "max_rows", "max_wait", "priority_seconds", "progress_interval", "reproducible_rows",
-    "retry_delay", "retry_grace",
+    "checkpoint_interval", "concurrency", "drain_timeout", "fake_step_seconds", "input_retention", "max_defer",
+    "max_queued", "max_queued_per_tenant", "max_rows", "max_wait", "preview_interval", "priority_seconds",
+    "progress_interval", "reproducible_rows", "retry_delay", "retry_grace",
 )  # fmt: skip
 MAX_SECONDS: Final = 100 * 365 * 24 * 3600.0
 """No time may be longer; clocks and timers go no further than some centuries."""
@@ -104,6 +104,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     retry_delay: float = 1.0
     priority_seconds: float = 30.0
     progress_interval: float = 0.1
+    preview_interval: float = 1.0
+    checkpoint_interval: float = 5.0
 
     # Watching
     log_level: str = "info"

@@ -280,7 +280,8 @@ class Supervisor:
         await self._gateway.start()
         for number in range(1, self.options.workers + 1):
             name = "worker" if self.options.workers == 1 else f"worker {number}"
-            worker = self._service(name, "worker", environment, grace)
+            # A lease longer, in which interrupted jobs leave checkpoints.
+            worker = self._service(name, "worker", environment, grace + self.settings.lease)
             self._workers.append(worker)
             await worker.start()
 

@@ -19,9 +19,10 @@ from img2img.jobs import Failure, Outcome, StopReason
 from img2img.queue import JobQueue
 from img2img.queue_types import Claim, WorkerInfo
 from img2img.settings import Settings
+from worker.attempt import Stop
 from worker.heart import RETRY_SECONDS, Heart
 from worker.payloads import ClaimedPayloads
-from worker.runner import Decision, JobRunner, Lost, Release, Stop
+from worker.runner import Decision, JobRunner, Lost, Release
 
 NEVER: Final = 30 * 24 * 3600
 MAX_IDLE_WAIT: Final = 5.0

@@ -12,6 +12,7 @@ from PIL import Image
 
 from img2img.errors import InvalidImage
 from img2img.images import HEADER_ERRORS, PictureLimits, open_picture, orientation
+from img2img.jobs import PreviewPicture
 from img2img.requests import SIZE_MULTIPLE, Inputs, OutputFormat
 from worker.engines.base import Pictures
 from worker.metadata import Metadata, exif_block, png_chunks
@@ -41,6 +42,9 @@ MAX_JPEG_EXIF: Final = 65_533
 """A segment's length is a 16-bit number that counts itself."""
 MAX_WEBP_EXIF: Final = 2**31
 """A chunk's has 32 bits."""
+
+PREVIEW_SIDE: Final = 256
+PREVIEW_QUALITY: Final = 80
 
 
 def decode_inputs(inputs: Inputs, limits: PictureLimits) -> Pictures:
@@ -101,6 +105,15 @@ def encode_picture(
             exif = b"" if metadata is None else exif_block(metadata, MAX_JPEG_EXIF)
             picture.save(buffer, "JPEG", quality=quality, exif=exif)
     return buffer.getvalue()
+
+
+def encode_preview(picture: Image.Image) -> PreviewPicture:
+    """Encode an RGB picture as a small WebP: one with a side above 256 pixels is scaled down."""
+    if max(picture.size) > PREVIEW_SIDE:
+        picture = picture.copy()
+        picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    data = encode_picture(picture, OutputFormat.WEBP, PREVIEW_QUALITY)
+    return PreviewPicture(OutputFormat.WEBP.media_type, picture.width, picture.height, data)
 
 
 def _load(field: str, data: bytes, limits: PictureLimits) -> Image.Image:

@@ -35,9 +35,11 @@ def choose_engine(settings: Settings) -> Engine:
         ConfigurationError: the diffusion extra is not installed.
     """
     if settings.engine == "fake":
-        return FakeEngine(settings.fake_step_seconds, obeys=settings.fake_obeys)
+        return FakeEngine(
+            settings.fake_step_seconds, obeys=settings.fake_obeys, checkpoint_seconds=settings.checkpoint_interval
+        )
     try:
-        from worker.engines.diffusion import DiffusionEngine, EngineOptions  # torch takes seconds to import
+        from worker.engines.diffusion import DiffusionEngine, EngineOptions, Intervals  # torch takes seconds to import
     except ImportError as exc:
         raise ConfigurationError(
             f"The diffusion engine needs {exc.name}: pip install 'img2img[diffusion]', or set IMG2IMG_ENGINE=fake"
@@ -47,6 +49,7 @@ def choose_engine(settings: Settings) -> Engine:
         reproducible_rows=settings.reproducible_rows,
         precision=settings.precision,
         compiled=settings.compile,
+        intervals=Intervals(settings.checkpoint_interval, settings.preview_interval),
     )
     return DiffusionEngine(settings.model, settings.device, options)
 

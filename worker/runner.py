@@ -8,9 +8,8 @@ import asyncio
 import hashlib
 import random
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from typing import Final, Literal, Self, TypeVar
+from typing import Final, Literal
 
 import msgspec
 import structlog
@@ -28,25 +27,23 @@ from img2img.errors import (
     JobError,
     JobExpired,
     LeaseLost,
-    Unavailable,
 )
-from img2img.jobs import Failure, JobSpec, JobState, Outcome, Result, Running, Stage, StopReason
+from img2img.jobs import Failure, JobSpec, JobState, Outcome, Result, Stage, StopReason
 from img2img.queue import JobQueue
 from img2img.queue_types import Claim
 from img2img.requests import Inputs
 from img2img.server import milliseconds
 from img2img.settings import Settings
-from worker.engines.base import Engine, Image, Notice, Pictures, Progress, Task
+from worker.attempt import Attempt, Stop
+from worker.engines.base import Checkpoint, Engine, Image, Notice, Pictures, Preview, Progress, Task
 from worker.images import decode_inputs, encode_picture, resolve_size
 from worker.metadata import describe
+from worker.reports import Reports
 from worker.safety import SafetyChecker, check_picture
-from worker.stages import StageClock
 from worker.watchdog import JobWatch, Watchdog
 
 MAX_RETRY_DELAY: Final = 60.0
 MAX_DOUBLINGS: Final = 20
-BLOB_RETRY_SECONDS: Final = (0.25, 0.75)
-T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -64,95 +61,6 @@ class Lost(msgspec.Struct, frozen=True):
 
 
 Decision = Outcome | Release | Lost
-
-
-class Stop:
-    """Tells a running job to stop, once; later reasons change nothing."""
-
-    def __init__(self) -> None:
-        self.reason: StopReason | None = None
-        self._event = asyncio.Event()
-
-    def set(self, reason: StopReason) -> None:
-        if self.reason is None:
-            self.reason = reason
-            self._event.set()
-
-    async def wait(self) -> None:
-        await self._event.wait()
-
-
-class Attempt:
-    """What one attempt has gathered so far."""
-
-    def __init__(self, claim: Claim, executed_by: str, watch: JobWatch) -> None:
-        self.claim = claim
-        self.watch = watch
-        self.deadline = time.monotonic() + (claim.expires_at - claim.claimed_at) / 1000
-        self.clock = StageClock((claim.claimed_at - claim.created_at) / 1000)
-        self.running = Running(executed_by=executed_by)
-        self.warnings = list(claim.spec.warnings)
-
-    def enter(self, stage: Stage) -> None:
-        self.clock.enter(stage)
-        self.watch.enter(stage)
-
-    def outcome(self, state: JobState, error: Failure | None = None, result: Result | None = None) -> Outcome:
-        self.clock.close()
-        self.clock.observe()
-        return Outcome(
-            state=state,
-            result=result,
-            error=error,
-            timings={stage: round(seconds, 6) for stage, seconds in self.clock.seconds.items()},
-            warnings=tuple(self.warnings),
-            executed_by=self.running.executed_by,
-        )
-
-
-class Reporter:
-    """Sends progress beside the work: at most one report under way, none sooner than ``interval`` seconds.
-
-    A job that is done before the first interval reports nothing, and costs the server nothing.
-    """
-
-    def __init__(self, queue: JobQueue, attempt: Attempt, stop: Stop, interval: float) -> None:
-        self._queue = queue
-        self._attempt = attempt
-        self._stop = stop
-        self._interval = interval
-        self._last = time.monotonic()
-        self._sending: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._sending is not None:
-            if kind is not None:  # whoever interrupts the work does not wait for a silent server
-                self._sending.cancel()
-            await asyncio.wait({self._sending})
-
-    def report(self, progress: Progress) -> None:
-        """Note where the job is, and send it unless that would be too soon."""
-        attempt, now = self._attempt, time.monotonic()
-        attempt.running = msgspec.structs.replace(
-            attempt.running, stage=progress.stage, step=progress.step, steps=progress.steps
-        )
-        busy = self._sending is not None and not self._sending.done()
-        if not busy and now - self._last >= self._interval:
-            self._last = now
-            self._sending = asyncio.create_task(self._send(attempt.running), name=f"report-{attempt.claim.id}")
-
-    async def _send(self, running: Running) -> None:
-        try:
-            reason = await self._queue.report(self._attempt.claim, running)
-        except Unavailable:
-            # Progress is worth nothing later; the work goes on and the terminal write decides.
-            log.warning("report_skipped", job=self._attempt.claim.id)
-            return
-        if reason is not None:
-            self._stop.set(reason)
 
 
 class JobRunner:
@@ -184,9 +92,9 @@ class JobRunner:
             telemetry.process_span(self._queue.name, claim.spec, claim.attempt) as span,
             self._watchdog.job(claim.id) as watch,
         ):
-            attempt = Attempt(claim, self._executed_by, watch)
+            attempt = Attempt(claim, self._executed_by, watch, stop)
             try:
-                decision: Decision = await self._make_or_stop(attempt, stop)
+                decision: Decision = await self._make_or_stop(attempt)
             except Img2ImgError as exc:
                 decision = self._decide(attempt, exc)
             except Exception:
@@ -199,19 +107,25 @@ class JobRunner:
                     span.set_status(StatusCode.ERROR, decision.error.code)
             return decision
 
-    async def _make_or_stop(self, attempt: Attempt, stop: Stop) -> Outcome:
+    async def _make_or_stop(self, attempt: Attempt) -> Outcome:
         """Make the picture, unless told to stop or out of time first.
 
         Raises:
             JobCanceled, JobExpired, AttemptTimeout, LeaseLost, Interrupted: why it stopped.
         """
-        claim, allowed = attempt.claim, self._settings.attempt_timeout
+        claim, stop, allowed = attempt.claim, attempt.stop, self._settings.attempt_timeout
         to_deadline = (claim.expires_at - claim.claimed_at) / 1000
-        work = asyncio.create_task(self._make(attempt, stop), name=f"make-{claim.id}")
+        ends = time.monotonic() + min(to_deadline, allowed)
+        work = asyncio.create_task(self._make(attempt), name=f"make-{claim.id}")
         stopped = asyncio.create_task(stop.wait(), name=f"stop-{claim.id}")
         try:
             await asyncio.wait({work, stopped}, timeout=min(to_deadline, allowed), return_when=asyncio.FIRST_COMPLETED)
             why = stop.reason  # what comes later is not what stopped it
+            if why is StopReason.SHUTDOWN:
+                # The engine may end its step and leave a checkpoint: a dead worker would keep its job for as long.
+                attempt.interrupt.set()
+                left = max(0.0, ends - time.monotonic())
+                await asyncio.wait({work}, timeout=min(self._settings.lease, left))
             if not work.done():
                 work.cancel()
                 await asyncio.wait({work})
@@ -226,14 +140,15 @@ class JobRunner:
             raise _interruption(StopReason.DEADLINE)
         raise AttemptTimeout(f"The attempt took longer than {allowed:g} s")
 
-    async def _make(self, attempt: Attempt, stop: Stop) -> Outcome:
+    async def _make(self, attempt: Attempt) -> Outcome:
         spec = attempt.claim.spec
         inputs = await self._load(attempt, spec.inputs)
         attempt.enter(Stage.DECODE)
         limits = self._settings.request_limits.pictures
         pictures = Pictures() if inputs is None else await asyncio.to_thread(decode_inputs, inputs, limits)
-        async with Reporter(self._queue, attempt, stop, self._settings.progress_interval) as reporter:
-            image = await self._generate(attempt, pictures, reporter)
+        resume = await self._resume(attempt)
+        async with Reports(self._queue, self._blobs, attempt, self._settings) as reports:
+            image = await self._generate(attempt, pictures, resume, reports)
         if self._checker is not None:
             attempt.enter(Stage.CHECK)
             await check_picture(self._checker, image.picture)
@@ -246,31 +161,66 @@ class JobRunner:
     async def _load(self, attempt: Attempt, key: str | None) -> Inputs | None:
         if key is None:
             return None
-        data = await _patiently(attempt, lambda: self._blobs.get(key))
+        data = await attempt.patiently(lambda: self._blobs.get(key))
         if data is None:
             raise InputGone("The job's input picture is no longer stored: send the request again")
         return msgspec.msgpack.decode(data, type=Inputs)
 
-    async def _generate(self, attempt: Attempt, pictures: Pictures, reporter: Reporter) -> Image:
+    async def _resume(self, attempt: Attempt) -> Checkpoint | None:
+        """The state that an earlier attempt left; None where there is none any more, so that the work begins anew."""
+        stored = attempt.claim.checkpoint
+        if stored is None:
+            return None
+        data = await attempt.patiently(lambda: self._blobs.get(stored.blob))
+        if data is None:
+            log.warning("checkpoint_missing", job=attempt.claim.id, step=stored.step)
+            return None
+        return Checkpoint(stored.step, stored.steps, data)
+
+    async def _generate(
+        self, attempt: Attempt, pictures: Pictures, resume: Checkpoint | None, reports: Reports
+    ) -> Image:
+        """Iterate over the engine's outputs up to its picture.
+
+        Raises:
+            Interrupted: the engine ended where another attempt can go on; its checkpoint is stored.
+            EngineFailed: it ended without a picture for no reason.
+        """
         task = self._task(attempt, pictures)
         attempt.running = msgspec.structs.replace(attempt.running, width=task.width, height=task.height)
         self._waiting.add(attempt.watch)
+        generated = self._engine.generate(task, pictures, resume, attempt.interrupt)
         try:
-            async with aclosing(self._engine.generate(task, pictures)) as outputs:  # type: ignore[type-var]
+            async with aclosing(generated) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
                     self._served(attempt.watch)
                     match output:
                         case Progress():
-                            attempt.clock.enter(output.stage)
-                            attempt.watch.progress(output, (task.width, task.height))
-                            reporter.report(output)
+                            self._progress(attempt, output, task, resume)
+                            reports.progress(output)
+                        case Preview():
+                            reports.preview(output)
+                        case Checkpoint():
+                            reports.checkpoint(output)
                         case Notice():
                             attempt.warnings.append(output.message)
                         case Image():
                             return output
         finally:
             self._served(attempt.watch)
-        raise EngineFailed("The engine ended without a picture")
+        if not attempt.interrupt.is_set():
+            raise EngineFailed("The engine ended without a picture")
+        await reports.all_stored()
+        raise _interruption(StopReason.SHUTDOWN)
+
+    def _progress(self, attempt: Attempt, progress: Progress, task: Task, resume: Checkpoint | None) -> None:
+        if resume is not None and progress.stage == Stage.STEPS and attempt.running.stage != Stage.STEPS:
+            if progress.step > 0:
+                log.info("job_resumed", job=attempt.claim.id, step=progress.step)
+            else:  # another release's, or another model's
+                log.warning("checkpoint_unfit", job=attempt.claim.id, step=resume.step)
+        attempt.clock.enter(progress.stage)
+        attempt.watch.progress(progress, (task.width, task.height))
 
     def _served(self, watch: JobWatch) -> None:
         """The engine gets on with one job: a sign of life of those, too, that wait for their turn at it."""
@@ -293,6 +243,8 @@ class JobRunner:
             seed=spec.seed,
             sampler=options.sampler,
             reproducible=options.reproducible,
+            # What was not checked is shown to nobody.
+            previews=options.previews and self._checker is None,
             deadline=attempt.deadline,
         )
 
@@ -304,7 +256,7 @@ class JobRunner:
         claim = attempt.claim
         key = f"result:{claim.id}.{claim.fence}"
         expires_at = int(time.time() * 1000) + milliseconds(self._settings.result_retention)
-        await _patiently(attempt, lambda: self._blobs.put(key, data, expires_at))
+        await attempt.patiently(lambda: self._blobs.put(key, data, expires_at))
         return Result(
             blob=key,
             media_type=claim.spec.options.output_format.media_type,
@@ -351,20 +303,6 @@ class JobRunner:
                 log.info("job_released", job=claim.id, code=decision.why.code, counted_as=decision.kind)
             case Lost():
                 log.warning("lease_lost", job=claim.id, fence=claim.fence)
-
-
-async def _patiently(attempt: Attempt, call: Callable[[], Awaitable[T]]) -> T:
-    """Repeat a blob's transfer while the store cannot be reached: the picture is worth more than the wait.
-
-    The attempt's own limits end it: deadline, time limit, a lost lease, a cancel.
-    """
-    while True:
-        try:
-            return await call()
-        except Unavailable as exc:
-            log.warning("blob_retried", error=str(exc))
-            attempt.watch.renew()
-            await asyncio.sleep(random.uniform(*BLOB_RETRY_SECONDS))  # noqa: S311
 
 
 class Interrupted(JobError):

@@ -107,7 +107,7 @@ class JobWatch:
         self._watch = watch
         self._steps = steps
         self._phase_limit = phase_limit
-        self._since = 0.0
+        self._since: float | None = None
 
     def enter(self, stage: Stage) -> None:
         self._watch.enter(stage.value, self._phase_limit)
@@ -122,7 +122,8 @@ class JobWatch:
             self.enter(progress.stage)
             return
         now = time.perf_counter()
-        if progress.step > 0:
+        # The first word of the steps tells where they begin: not at 0 for a job that goes on where it was.
+        if self._since is not None:
             self._steps.measured(size, now - self._since)
         self._since = now
         self._watch.enter(progress.stage.value, self._steps.of(size))

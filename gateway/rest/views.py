@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from img2img.jobs import Eta, Failure, Job, JobEvent, JobState, PastAttempt, Receipt, Result, Stage
+from img2img.jobs import Eta, Failure, Job, JobEvent, JobState, PastAttempt, PreviewPicture, Receipt, Result, Stage
 from img2img.requests import JobOptions, Parameters
 
 
@@ -91,7 +91,8 @@ class JobList(msgspec.Struct, frozen=True):
 class EventView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One entry of the event log, as it is sent in ``data`` of a server-sent event.
 
-    A ``queued`` event after a replay has ``replays``: how many there were.
+    A ``queued`` event after a replay has ``replays``: how many there were. A ``preview`` event has its picture,
+    with the file in base64, until a later one has come or the attempt has ended.
     """
 
     seq: int
@@ -104,6 +105,7 @@ class EventView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     steps: int | None = None
     error: dict[str, object] | None = None
     replays: int | None = None
+    preview: PreviewPicture | None = None
 
 
 def job_view(job: Job) -> JobView:
@@ -154,6 +156,7 @@ def event_view(event: JobEvent) -> EventView:
         steps=_int(data.get("steps")),
         error=data["error"] if isinstance(data.get("error"), dict) else None,  # type: ignore[arg-type]
         replays=_int(data.get("replays")),
+        preview=event.preview,
     )
 
 

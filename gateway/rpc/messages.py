@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from img2img.images import PictureInfo
-from img2img.jobs import Failure, Job, JobEvent, JobState, PastAttempt, Receipt, Result
+from img2img.jobs import Failure, Job, JobEvent, JobState, PastAttempt, PreviewPicture, Receipt, Result
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 from img2img.v1 import img2img_pb2 as pb
 
@@ -98,10 +98,13 @@ def event_message(event: JobEvent, attempt: int) -> pb.WatchJobResponse:
         time=_time(event.at),
         state=STATES[event.state],
         attempt=attempt,
+        preview=_preview(event.preview),
     )
     match event.data:
         case {"stage": str(stage), "step": int(step), "steps": int(steps)}:
             message.stage, message.step, message.steps = stage, step, steps
+        case {"step": int(step), "steps": int(steps)}:
+            message.step, message.steps = step, steps
         case {"error": {"code": str(code), "message": str(text)}}:
             message.error.CopyFrom(_error(Failure(code, text)))
         case {"replays": int(replays)}:
@@ -161,6 +164,12 @@ def _past_attempt(past: PastAttempt) -> pb.PastAttempt:
         end_time=_time(past.ended_at),
         error=_error(past.error),
     )
+
+
+def _preview(picture: PreviewPicture | None) -> pb.Preview | None:
+    if picture is None:
+        return None
+    return pb.Preview(media_type=picture.media_type, width=picture.width, height=picture.height, image=picture.image)
 
 
 def _error(failure: Failure) -> pb.JobError:

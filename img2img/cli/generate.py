@@ -29,6 +29,7 @@ OPTIONS: Final = {
     "sampler": "sampler",
     "not_before": "not_before",
     "reproducible": "reproducible",
+    "previews": "previews",
 }
 FIELDS: Final = {
     "strength": "strength",
@@ -90,8 +91,16 @@ picture_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--reproducible", is_flag=True, help="The same bytes again for the same seed: see img2img verify.")
 @click.option("--priority", type=int, help="-10 to 10; higher goes first.  [default: 0]")
+@click.option(
+    "--preview-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Meanwhile, write small pictures of how far it is to FILE, as WebP, each in place of the one before.",
+)
 @connection_options
-def generate(words: tuple[str, ...], output: str, output_format: str | None, **given: Any) -> None:
+def generate(
+    words: tuple[str, ...], output: str, output_format: str | None, preview_file: Path | None, **given: Any
+) -> None:
     """Make a picture from PROMPT, starting from IMAGE if there is one (- reads standard input).
 
     Needs a running service; `img2img up` starts one. Ctrl-C cancels the job.
@@ -99,10 +108,11 @@ def generate(words: tuple[str, ...], output: str, output_format: str | None, **g
     connection = take_connection(given)
     fields = request_fields(words, given)
     output_format = output_format or SUFFIXES.get(Path(output).suffix.lower())
-    fields["options"] = job_options({**given, "output_format": output_format})
-    if output != "-" and not Path(output).absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder {Path(output).parent}", param_hint="--output")
-    picture = run_job(connection, fields)
+    fields["options"] = job_options({**given, "output_format": output_format, "previews": preview_file is not None})
+    for option, file in (("--output", None if output == "-" else Path(output)), ("--preview-file", preview_file)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise click.BadParameter(f"there is no folder {file.parent}", param_hint=option)
+    picture = run_job(connection, fields, preview_file)
     if output == "-":
         sys.stdout.buffer.write(picture.data)
     else:
@@ -110,11 +120,11 @@ def generate(words: tuple[str, ...], output: str, output_format: str | None, **g
     click.echo(summary(output, picture), err=True)
 
 
-def run_job(connection: Connection, fields: dict[str, Any]) -> "Picture":
+def run_job(connection: Connection, fields: dict[str, Any], preview_file: Path | None = None) -> "Picture":
     """Make a picture and show how it goes on; Ctrl-C cancels its job and ends the program."""
     try:
         with one_line_errors():
-            return asyncio.run(make(connection, fields))
+            return asyncio.run(make(connection, fields, preview_file))
     except KeyboardInterrupt:
         click.echo("Stopped: the job is canceled.", err=True)
         raise SystemExit(INTERRUPTED) from None
@@ -150,7 +160,7 @@ def job_options(given: dict[str, Any]) -> Any:
     return JobOptions(**values)
 
 
-async def make(connection: Connection, fields: dict[str, Any]) -> "Picture":
+async def make(connection: Connection, fields: dict[str, Any], preview_file: Path | None) -> "Picture":
     """Create the job, show how it goes on, and fetch the picture; being cancelled cancels the job."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -163,7 +173,7 @@ async def make(connection: Connection, fields: dict[str, Any]) -> "Picture":
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             job = await _create(client, fields)
             try:
-                await _follow(client, job.id, bar)
+                await _follow(client, job.id, bar, preview_file)
             except asyncio.CancelledError:
                 await client.cancel(job.id)
                 raise
@@ -183,15 +193,18 @@ async def _create(client: "AsyncClient", fields: dict[str, Any]) -> "JobInfo":
         raise
 
 
-async def _follow(client: "AsyncClient", job_id: str, bar: "Progress") -> None:
-    """Show the place in the queue and then the steps, until the job has ended."""
+async def _follow(client: "AsyncClient", job_id: str, bar: "Progress", preview_file: Path | None) -> None:
+    """Show the place in the queue and then the steps, until the job has ended; previews go to their file."""
     task = bar.add_task("queued", total=None)
     waiting = asyncio.create_task(_show_position(client, job_id, bar), name="show the queue position")
     try:
         async for event in client.watch(job_id):
             if event.type != "queued":
                 waiting.cancel()
-            bar.update(task, **progress(event))
+            if event.type != "preview":
+                bar.update(task, **progress(event))
+            elif preview_file is not None and event.preview is not None:
+                write_whole(preview_file, event.preview.image)
     finally:
         waiting.cancel()
         with suppress(asyncio.CancelledError):
@@ -206,6 +219,13 @@ async def _show_position(client: "AsyncClient", job_id: str, bar: "Progress") ->
         with suppress(ClientError):  # the event stream will tell, if it lasts
             bar.update(bar.task_ids[0], description=waiting_for(await client.get(job_id)))
         await asyncio.sleep(POSITION_SECONDS)
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Put ``data`` in the place of ``file`` at once, so that no viewer reads half of it."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(data)
+    part.replace(file)
 
 
 def waiting_for(job: "JobInfo") -> str:

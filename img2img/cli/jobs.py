@@ -219,6 +219,9 @@ def _event_line(event: "Event") -> str:
         words.append(f"{event.step}/{event.steps}")
     if event.error:
         words.append(_failure(event.error))
+    if event.preview:
+        shown = event.preview
+        words.append(f"{shown.width}x{shown.height} {shown.media_type}, {len(shown.image):,} bytes")
     if event.replays:
         words.append(f"(replay {event.replays})")
     return " ".join(words)

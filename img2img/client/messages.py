@@ -20,7 +20,7 @@ from img2img.client.values import (
     ResultInfo,
 )
 from img2img.images import PictureInfo
-from img2img.jobs import Failure, JobState, Receipt, Stage
+from img2img.jobs import Failure, JobState, PreviewPicture, Receipt, Stage
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 from img2img.v1 import img2img_pb2 as pb
 
@@ -116,6 +116,7 @@ def event(message: pb.WatchJobResponse) -> Event:
         step=message.step,
         steps=message.steps,
         error=_failure(message.error) if message.HasField("error") else None,
+        preview=_preview(message.preview) if message.HasField("preview") else None,
         **_present(message, "replays"),
     )
 
@@ -193,6 +194,10 @@ def _timings(timings: Mapping[str, float]) -> dict[str, float]:
 
 def _state(number: int) -> JobState:
     return JobState[pb.JobState.Name(number).removeprefix("JOB_STATE_")]
+
+
+def _preview(message: pb.Preview) -> PreviewPicture:
+    return PreviewPicture(message.media_type, message.width, message.height, message.image)
 
 
 def _failure(error: pb.JobError) -> Failure:

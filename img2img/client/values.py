@@ -6,7 +6,7 @@ from typing import Required, TypedDict
 
 import msgspec
 
-from img2img.jobs import Failure, JobState, Receipt
+from img2img.jobs import Failure, JobState, PreviewPicture, Receipt
 from img2img.requests import JobOptions, Parameters
 
 
@@ -135,9 +135,10 @@ class JobPage(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry of a job's log; ``sequence`` counts from 1, ``step`` and ``steps`` come with progress.
+    """One entry of a job's log; ``sequence`` counts from 1, ``step`` and ``steps`` come with progress and previews.
 
-    ``replays`` comes with the ``queued`` of a replay: how many there were.
+    ``replays`` comes with the ``queued`` of a replay: how many there were. ``preview`` comes with a ``preview`` for as
+    long as the service keeps its picture: until the next one, or the attempt's end.
     """
 
     sequence: int
@@ -150,6 +151,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     error: Failure | None = None
     replays: int | None = None
+    preview: PreviewPicture | None = None
 
 
 class Picture(msgspec.Struct, frozen=True):

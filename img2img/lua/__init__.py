@@ -9,6 +9,8 @@ LAST_NEEDED: Final = {
     "report": "_keys",
     "stats": "_service",
     "look": "_estimate",
+    "checkpoint": "_job",
+    "preview": "_job",
     "submit": "_job",
     "finish": "_job",
     "release": "_job",

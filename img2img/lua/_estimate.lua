@@ -101,17 +101,21 @@ local function moved_quantiles(measures, bucket, error)
   return string.format('%d %.6g %.6g %.6g', seen + 1, moved(p10, 0.1), moved(p50, 0.5), moved(p90, 0.9))
 end
 
--- Learns from a finished job: its own seconds, and how far off the expected time to completion was.
+-- Learns from a finished job: its own seconds, unless an earlier attempt took part of its steps, and how far off the
+-- expected time to completion was.
 local function learn(queue, id)
-  local v = redis.call('HMGET', job_key(id), 'engine', 'size', 'steps', 'area', 'started', 'expected', 'bucket', 'since')
+  local v = redis.call('HMGET', job_key(id), 'engine', 'size', 'steps', 'area', 'started', 'expected', 'bucket', 'since',
+    'resumed')
   local engine, size, steps, area, bucket = v[1], v[2], tonumber(v[3]), v[4], v[7]
   if not engine then return end
   local seconds, measures = (NOW - v[5]) / 1000, measures_of(queue, engine, size)
-  local learned = { size, with_sample(measures.own, steps, seconds), '*', with_sample(measures.all, steps * area, seconds) }
+  local learned = v[9] and {}
+    or { size, with_sample(measures.own, steps, seconds), '*', with_sample(measures.all, steps * area, seconds) }
   if v[6] then
     local error = math.log(math.max(NOW - v[8], 1) / 1000 / tonumber(v[6]))
-    learned[5], learned[6] = 'quantiles:' .. bucket, moved_quantiles(measures, bucket, error)
+    learned[#learned + 1], learned[#learned + 2] = 'quantiles:' .. bucket, moved_quantiles(measures, bucket, error)
   end
+  if #learned == 0 then return end
   redis.call('HSET', measures.key, unpack(learned))
   redis.call('PEXPIRE', measures.key, KEPT)
   redis.call('HSET', queue.totals, 'engine', engine)

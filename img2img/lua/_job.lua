@@ -46,9 +46,24 @@ local function note_attempt(id, kind, code, message)
   return redis.call('HINCRBY', key, kind, 1)
 end
 
--- Tells upkeep that a job's input is not needed any more, or only for a replay within `kept` milliseconds.
-local function discard_inputs(inputs, kept)
-  if inputs then redis.call('RPUSH', DISCARD, int(kept) .. ' ' .. inputs) end
+-- Tells upkeep that a job's blob is not needed any more, or (its input, for a replay) only within `kept` milliseconds.
+local function discard(blob, kept)
+  if blob then redis.call('RPUSH', DISCARD, int(kept) .. ' ' .. blob) end
+end
+
+-- Forgets where an attempt could go on; `checkpoint` is what the record says of it, if anything.
+local function drop_checkpoint(id, checkpoint)
+  if not checkpoint then return end
+  discard(cjson.decode(checkpoint).blob, 0)
+  redis.call('HDEL', job_key(id), 'checkpoint', 'checkpoint_fence', 'resumed')
+end
+
+-- Takes the picture out of a job's latest preview: puts the event without it, as the record remembers it, in its place.
+local function strip_preview(id, remembered)
+  if not remembered then return end
+  local number, bare = string.match(remembered, '^(%d+) (.*)$')
+  redis.call('LSET', P .. 'events:' .. id, number - 1, bare)
+  redis.call('HDEL', job_key(id), 'preview')
 end
 
 -- Takes that word back; false when somebody is following it already, so that the input may go at any moment.
@@ -64,7 +79,7 @@ end
 local function finalize(id, state, outcome)
   local key, arq = job_key(id), arq_id(id)
   local job = redis.call('HMGET', key, 'keep', 'attempt', 'created', 'started', 'inputs', 'quarantined', 'queue', 'state',
-    'ms', 'account', 'units')
+    'ms', 'account', 'units', 'checkpoint', 'preview')
   local keep, queue = job[1], queue_named(job[7])
   redis.call('HSET', key, 'state', state, 'finished', int(NOW), 'outcome', outcome)
   if state == 'succeeded' then learn(queue, id) end
@@ -81,10 +96,12 @@ local function finalize(id, state, outcome)
   else
     leave_waiting(id, queue, job[10], job[11])
   end
+  strip_preview(id, job[13])
   emit(id, state, outcome)
   redis.call('PEXPIRE', key, keep)
   redis.call('PEXPIRE', P .. 'events:' .. id, keep)
-  discard_inputs(job[5], job[6] and keep or 0)
+  discard(job[5], job[6] and keep or 0)
+  drop_checkpoint(id, job[12])
 end
 
 local function expire(id, doing)
@@ -131,20 +148,29 @@ end
 -- Back into the queue, at its old place; `delay` in milliseconds.
 local function requeue(id, delay, code, message)
   local key, job, queue = job_key(id), placing_of(id)
-  local running = redis.call('HMGET', key, 'ms', 'started')
+  local running = redis.call('HMGET', key, 'ms', 'started', 'preview')
   leave_running(queue, id, running[1], running[2])
+  strip_preview(id, running[3])
   redis.call('HDEL', key, 'worker', 'running', 'fence')
   redis.call('HSET', key, 'state', 'queued')
   redis.call('DEL', 'arq:in-progress:' .. arq_id(id))
   enqueue(queue, id, job, NOW + delay, cjson.encode({ error = failure(code, message) }))
 end
 
+-- Whether the next attempt may go on from the checkpoint that one of `fence` left or found. Not after a failure, nor
+-- when the worker died of an attempt that had begun with it and got to no other: it may be what they died of.
+local function is_good(checkpoint_fence, fence, kind)
+  return kind == 'interruptions' or (kind == 'crashes' and checkpoint_fence == fence)
+end
+
 -- A claimed job whose attempt brought no result: again, unless it was told to stop, or its time or its attempts are up.
 local function retry_or_end(id, kind, delay, code, message)
   local key, count = job_key(id), note_attempt(id, kind, code, message)
+  local job = redis.call('HMGET', key, 'stop', 'expires', 'max_' .. kind, 'queue', 'fence', 'checkpoint',
+    'checkpoint_fence')
   redis.call('HDEL', key, 'fence')
-  local job = redis.call('HMGET', key, 'stop', 'expires', 'max_' .. kind, 'queue')
   local limit = tonumber(job[3] or nil)
+  if not is_good(job[7], job[5], kind) then drop_checkpoint(id, job[6]) end
   if job[1] then
     cancel(id, job[1])
   elseif NOW >= tonumber(job[2]) then

@@ -48,12 +48,15 @@ local function arq_id(id) return (string.gsub(id, '^(%d+)', '{%1}')) end
 
 local function field(id, name) return redis.call('HGET', job_key(id), name) end
 
--- Appends to the job's log, where an event's number is its place; `data` is JSON.
+-- An entry of a job's log; `data` is JSON.
+local function event_text(kind, data) return '{"type":"' .. kind .. '","at":' .. int(NOW) .. ',"data":' .. data .. '}' end
+
+-- Appends to the job's log, where an event's number is its place; answers with that.
 local function emit(id, kind, data)
-  local event = '{"type":"' .. kind .. '","at":' .. int(NOW) .. ',"data":' .. data .. '}'
-  local number = redis.call('RPUSH', P .. 'events:' .. id, event)
+  local number = redis.call('RPUSH', P .. 'events:' .. id, event_text(kind, data))
   -- Whoever begins to follow a job reads its log first: nobody needs a bell for the first event.
   if number > 1 then redis.call('PUBLISH', P .. 'bell:' .. id, number) end
+  return number
 end
 
 local function wake(queue)

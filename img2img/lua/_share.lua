@@ -67,7 +67,7 @@ local function next_ready(queue, engine)
     if not account then return nil end
     local id = redis.call('ZPOPMIN', ready_of(queue, account))[1]
     local v = id and redis.call('HMGET', job_key(id), 'units', 'weight', 'size', 'steps', 'area', 'expires', 'attempt',
-      'spec', 'created', 'failures')
+      'spec', 'created', 'failures', 'checkpoint')
     if not id then
       rest(queue, account)
     elseif not v[1] then  -- its record has gone: see `exists`
@@ -80,7 +80,7 @@ local function next_ready(queue, engine)
       redis.call('ZINCRBY', queue.tenants, exact(seconds / tonumber(v[2])), account)
       left_ready(queue, account, v[1])
       return id, { account = account, ms = int(1000 * seconds), expires = v[6], attempt = v[7], spec = v[8], created = v[9],
-        failures = v[10] }
+        failures = v[10], checkpoint = v[11] }
     end
   end
 end

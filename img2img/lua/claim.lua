@@ -2,7 +2,7 @@
 -- token, because an answer was lost, it hands out the same jobs.
 -- ARGV: queue, worker, engine, count, held (how many it runs already), suspects (how many of those are), lease ms, token
 -- Returns {ms until upkeep is due or -1 (or there are jobs),
---   {id, fence, attempt, spec, created, expires, now, suspect (1 | 0), failures}, …}
+--   {id, fence, attempt, spec, created, expires, now, suspect (1 | 0), failures, checkpoint (JSON) or nil}, …}
 local worker, engine, count, held, suspects = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local lease, token = ARGV[7], ARGV[8]
 -- A suspect that found no idle worker for this long goes beside other jobs, but never beside another suspect.
@@ -16,16 +16,16 @@ local last = P .. 'claimed:' .. worker
 -- What is answered again for a job that this worker still holds.
 local function claim_of(id)
   local v = redis.call('HMGET', job_key(id), 'fence', 'attempt', 'spec', 'created', 'expires', 'crashes', 'worker', 'state',
-    'failures')
+    'failures', 'checkpoint')
   if v[7] ~= worker or v[8] ~= 'running' then return nil end
   redis.call('ZADD', OWN.leases, 'XX', int(NOW + lease), id)
   redis.call('PEXPIRE', 'arq:in-progress:' .. arq_id(id), lease)
-  return { id, tonumber(v[1]), tonumber(v[2]), v[3], v[4], v[5], NOW, v[6] and 1 or 0, v[9] or '0' }
+  return { id, tonumber(v[1]), tonumber(v[2]), v[3], v[4], v[5], NOW, v[6] and 1 or 0, v[9] or '0', v[10] }
 end
 
 -- Never again the same, even after a failover to a server that has not seen the latest ones: they follow the clock.
 local function next_fence()
-  local fence = int(math.max(tonumber(redis.call('GET', P .. 'fence') or 0) + 1, NOW * 1000))
+  local fence = int(math.max(tonumber(redis.call('GET', P .. 'fence') or 0) + 1, TIME[1] * 1000000 + TIME[2]))
   redis.call('SET', P .. 'fence', fence)
   return tonumber(fence)
 end
@@ -34,11 +34,12 @@ local function take(id, job, suspect)
   local attempt, fence = tonumber(job.attempt) + 1, next_fence()
   redis.call('HSET', job_key(id), 'state', 'running', 'attempt', attempt, 'fence', int(fence), 'worker', worker,
     'engine', engine, 'started', int(NOW), 'ms', job.ms)
+  if job.checkpoint then redis.call('HSET', job_key(id), 'resumed', 1) end
   leave_queued(OWN, id, job.account)
   enter_running(OWN, id, lease, job.ms)
   redis.call('SET', 'arq:in-progress:' .. arq_id(id), worker, 'PX', lease)
   emit(id, 'running', '{"attempt":' .. attempt .. ',"worker":' .. cjson.encode(worker) .. '}')
-  return { id, fence, attempt, job.spec, job.created, job.expires, NOW, suspect, job.failures or '0' }
+  return { id, fence, attempt, job.spec, job.created, job.expires, NOW, suspect, job.failures or '0', job.checkpoint }
 end
 
 local MAX_EXPIRED = 50
@@ -60,9 +61,10 @@ local function take_ready(claims)
 end
 
 local function take_suspect(id)
-  local v = redis.call('HMGET', job_key(id), 'account', 'ms', 'expires', 'attempt', 'spec', 'created', 'failures')
+  local v = redis.call('HMGET', job_key(id), 'account', 'ms', 'expires', 'attempt', 'spec', 'created', 'failures',
+    'checkpoint')
   return take(id, { account = v[1], ms = v[2], expires = v[3], attempt = v[4], spec = v[5], created = v[6],
-    failures = v[7] }, 1)
+    failures = v[7], checkpoint = v[8] }, 1)
 end
 
 -- A job whose worker died runs alone on an idle worker, if there is one soon. True when nothing may run beside it.

@@ -13,13 +13,15 @@ from img2img.jobs import JobState, Outcome
 from tests.chaos.intensity import Profile
 from tests.chaos.load import Cancel, Record
 from tests.chaos.orders import CANCELED, NEVER_SUCCEEDS, Errand
-from tests.chaos.store import Snapshot, Stored
+from tests.chaos.store import MEANWHILE, Snapshot, Stored
 
 AFTER: Final = {
     "queued": {"running", "canceled", "expired"},
-    "running": {"progress", "queued", "succeeded", "failed", "canceled", "expired"},
+    "running": {*MEANWHILE, "queued", "succeeded", "failed", "canceled", "expired"},
 }
-"""What may follow what in a log; a progress changes nothing."""
+"""What may follow what in a log."""
+OF_ATTEMPTS: Final = {"checkpoint", "checkpoint_fence", "resumed", "preview"}
+"""Fields of a record that must be gone when its job has ended."""
 KINDS: Final = {
     "worker_lost": "crashes",
     "quarantined": "crashes",
@@ -88,6 +90,7 @@ def check_job(stored: Stored, record: Record | None, profile: Profile) -> Iterat
     if not broken:
         broken += _outcome_breaks(stored)
         broken += _budget_breaks(stored, profile)
+        broken += _left_behind(stored)
         if record is not None:
             broken += _errand_breaks(stored, record)
             if record.cancel is not None:
@@ -109,7 +112,7 @@ def _log_breaks(stored: Stored) -> Iterator[str]:
     for kind in types[1:]:
         if kind not in AFTER.get(state, set()):
             yield f"its log has {kind} after {state}"
-        state = state if kind == "progress" else kind
+        state = state if kind in MEANWHILE else kind
     if not JobState(state).is_terminal:
         yield f"has not ended: its log ends {state}"
     if stored.state != state:
@@ -159,6 +162,14 @@ def _budget_breaks(stored: Stored, profile: Profile) -> Iterator[str]:
         yield f"failed after {noted['failures']} of {profile.attempts} attempts"
     if (ended == "quarantined") != (noted["crashes"] >= profile.crash_limit) and hidden == 0:
         yield f"ended {ended} after {noted['crashes']} crashes"
+
+
+def _left_behind(stored: Stored) -> Iterator[str]:
+    """Nothing of an attempt outlives it: neither where it could go on nor what it showed."""
+    if left := OF_ATTEMPTS & stored.fields.keys():
+        yield f"its record still has {', '.join(sorted(left))}"
+    if pictures := [event.seq for event in stored.events if event.preview is not None]:
+        yield f"its log still has the pictures of its previews {pictures}"
 
 
 def _errand_breaks(stored: Stored, record: Record) -> Iterator[str]:

@@ -78,7 +78,7 @@ class RestCaller:
     async def create(self, order: Order) -> str:
         fields: dict[str, Any] = {**order.fields()}
         options = fields.pop("options")
-        fields["options"] = {"priority": options.priority}
+        fields["options"] = {"priority": options.priority, "previews": options.previews}
         if options.deadline_seconds is not None:
             fields["options"]["deadline_seconds"] = options.deadline_seconds
         if image := fields.pop("image", None):

@@ -46,6 +46,7 @@ class Life(msgspec.Struct):
     asked: bool = False
     killed: bool = False
     discarded: int = 0
+    resumed: int = 0
     errors: list[str] = []
 
 
@@ -133,6 +134,7 @@ class Member:
             life.ready = time.time()
             self.up.set()
         life.discarded += event in LOST_RESULTS
+        life.resumed += event == "job_resumed"
         if entry.get("level") in ("error", "critical") and not str(event).endswith(TOLERATED):
             life.errors.append(line)
 
@@ -240,6 +242,8 @@ class Fleet:
             "drain_timeout": str(profile.drain_timeout),
             "concurrency": str(profile.slots),
             "crash_limit": str(profile.crash_limit),
+            "checkpoint_interval": str(profile.checkpoint_interval),
+            "preview_interval": str(profile.preview_interval),
             # What is not to be done in time shall be tried all the same.
             "refuse_late": "false",
         }

@@ -22,6 +22,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     attempts: int = 3
     retry_delay: float = 0.3
     crash_limit: int = 2
+    checkpoint_interval: float = 0.5
+    preview_interval: float = 0.2
 
 
 def quick(*, seed: int, seconds: float) -> Profile:
@@ -37,4 +39,6 @@ def quick(*, seed: int, seconds: float) -> Profile:
         longest_stall=2.0,
         longest_outage=1.0,
         patience=60.0,
+        checkpoint_interval=0.1,
+        preview_interval=0.0,
     )

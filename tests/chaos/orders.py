@@ -57,6 +57,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     cancel_after: float | None
     resubmit_after: float | None
     resubmit_over_grpc: bool
+    previews: bool
 
     @property
     def key(self) -> str:
@@ -74,7 +75,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
             prompt=self.prompt,
             num_steps=self.steps,
             seed=self.number,
-            options=JobOptions(priority=self.priority, deadline_seconds=deadline),
+            options=JobOptions(priority=self.priority, deadline_seconds=deadline, previews=self.previews),
             idempotency_key=self.key,
         )
         if self.errand is Errand.PICTURE:
@@ -103,6 +104,7 @@ def draw(seed: int, number: int) -> Order:
         cancel_after=round(dice.uniform(0, 2), 2) if errand in CANCELED else None,
         resubmit_after=round(dice.uniform(0, 4), 2) if dice.random() < 0.2 else None,
         resubmit_over_grpc=dice.random() < 0.5,
+        previews=dice.random() < 0.3,
     )
 
 

@@ -11,7 +11,7 @@ from img2img.jobs import JobEvent
 from tests.chaos.checker import KINDS
 from tests.chaos.faults import Done, Kind
 from tests.chaos.fleet import Fleet
-from tests.chaos.store import Stored
+from tests.chaos.store import MEANWHILE, Stored
 
 LIMIT: Final = 10.0
 HURTS_WORKER: Final = (Kind.WORKER_KILL, Kind.WORKER_STALL, Kind.WORKER_TERM, Kind.BLACK_HOLE)
@@ -80,7 +80,7 @@ def attempts(stored: Stored) -> Iterator[tuple[JobEvent, float]]:
     for event in stored.events:
         if event.type == "running":
             start = event
-        elif event.type != "progress" and start is not None:
+        elif event.type not in MEANWHILE and start is not None:
             yield start, event.at / 1000
             start = None
 
@@ -92,7 +92,7 @@ def measure_restarts(fleet: Fleet, faults: Sequence[Done], jobs: Sequence[Stored
     kills = {fault.target: fault.started for fault in faults if fault.kind is Kind.WORKER_KILL}
     found = []
     for stored in jobs:
-        events = [event for event in stored.events if event.type != "progress"]
+        events = [event for event in stored.events if event.type not in MEANWHILE]
         for number, event in enumerate(events[:-2]):
             killed = kills.get(str(event.data.get("worker")), math.inf)
             lost, again = events[number + 1], events[number + 2]
@@ -120,7 +120,7 @@ def find_crashes(fleet: Fleet, faults: Sequence[Done], jobs: Sequence[Stored]) -
     """Every time that a job lost its worker."""
     reach = fleet.profile.lease + SLACK
     for stored in jobs:
-        events = [event for event in stored.events if event.type != "progress"]
+        events = [event for event in stored.events if event.type not in MEANWHILE]
         for start, lost in pairwise(events):
             error = lost.data.get("error")
             if start.type != "running" or not isinstance(error, dict) or KINDS.get(error["code"]) != "crashes":

@@ -69,6 +69,7 @@ async def run(profile: Profile, folder: Path, *, timed: bool = True) -> Result:
         **_count_jobs(load, snapshot),
         "retried_calls": load.retries,
         "resumed_watches": load.resumes,
+        "resumed": sum(life.resumed for life in fleet.lives),
         "stale_results_discarded": sum(life.discarded for life in fleet.lives),
         "faults": Counter(done.kind.value for done in injector.done),
         "faults_skipped": injector.skipped,

@@ -7,14 +7,19 @@ from typing import Any, Final
 import msgspec
 
 from img2img.jobs import JobEvent, JobState, Outcome
+from worker.reports import UNRECORDED_SECONDS
 
 PREFIX: Final = "img2img:{0}:"
 JOB_ID: Final = re.compile(rb"\{?0\}?-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 ALIVE: Final = "arq:queue:{0}:default"
 QUARANTINE: Final = f"{PREFIX}quarantine:default"
-NOT_OF_LIVING_JOBS: Final = (QUARANTINE, f"{PREFIX}discarding")
-"""Inputs that a killed gateway was about to delete are told again after a minute."""
+DISCARDING: Final = f"{PREFIX}discarding"
+NOT_OF_LIVING_JOBS: Final = (QUARANTINE, DISCARDING)
+"""Blobs that a killed gateway was about to delete are told again after a minute."""
 BLOB: Final = f"{PREFIX}blob:"
+CHECKPOINT: Final = f"{BLOB}checkpoint:"
+MEANWHILE: Final = frozenset({"progress", "preview"})
+"""Events after which a job's state is what it was."""
 OF_LIVING_JOBS: Final = ("arq:job:", "arq:in-progress:", f"{PREFIX}waiters:")
 """What must be gone when a job has ended."""
 
@@ -65,6 +70,8 @@ class Snapshot(msgspec.Struct):
 
 
 async def read_snapshot(redis: Any) -> Snapshot:
+    # Before the keys: a word is struck off when its blob is deleted.
+    discarding = {member.decode().partition(" ")[2] for member in await redis.zrange(DISCARDING, 0, -1)}
     keys = [key async for key in redis.scan_iter(count=1000)]
     jobs: dict[str, Stored] = {}
     leftovers = []
@@ -73,6 +80,9 @@ async def read_snapshot(redis: Any) -> Snapshot:
         if name.startswith(f"{PREFIX}job:"):
             job_id = name.removeprefix(f"{PREFIX}job:")
             jobs[job_id] = await _read_job(redis, job_id)
+        elif name.startswith(CHECKPOINT):
+            if name.removeprefix(BLOB) not in discarding and await redis.ttl(key) > UNRECORDED_SECONDS:
+                leftovers.append(f"{name} is still there")
         elif name.startswith(OF_LIVING_JOBS):
             leftovers.append(f"{name} is still there")
         elif name not in NOT_OF_LIVING_JOBS and await redis.ttl(key) == -1:

@@ -116,6 +116,16 @@ def test_a_record_that_disagrees_is_found(job: Stored, words: str) -> None:
     assert any(words in what for what in broken(job)), broken(job)
 
 
+def test_what_outlives_its_attempt_is_found() -> None:
+    left = stored(checkpoint="{}", resumed="1")
+    picture = {"step": 1, "steps": 9, "media_type": "image/webp", "width": 8, "height": 8, "image": "AA=="}
+    left.events[4] = msgspec.structs.replace(left.events[4], type="preview", data=picture)
+    assert broken(left) == [
+        "its record still has checkpoint, resumed",
+        "its log still has the pictures of its previews [5]",
+    ]
+
+
 @pytest.mark.parametrize("errand", [Errand.REFUSED, Errand.DEADLINE, Errand.CANCEL_ENDLESS])
 def test_a_success_that_cannot_be_is_found(errand: Errand) -> None:
     assert broken(stored(), errand) == [f"succeeded though {errand}"]

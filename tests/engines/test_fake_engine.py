@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 from img2img.errors import EngineFailed, ModelRefused
 from img2img.jobs import Receipt, Stage
 from img2img.requests import Sampler
-from worker.engines.base import EngineInfo, Pictures, Progress, Task
+from worker.engines.base import Checkpoint, EngineInfo, Pictures, Preview, Progress, Task
 from worker.engines.base import Image as Finished
 from worker.engines.fake import FakeEngine
 from worker.safety import FakeSafetyChecker
@@ -50,8 +50,6 @@ CHANGES = {
     "seed": 2,
     "sampler": Sampler.DDIM,
 }
-
-
 WAYS = {"reproducible": True, "previews": True, "deadline": 1.0}
 """Fields that say how to work, not what to draw."""
 
@@ -154,6 +152,83 @@ async def test_aclose_stops_within_one_step():
     await outputs.aclose()
 
     assert time.perf_counter() - started < 0.05
+
+
+def of_kind(outputs, kind):
+    return [output for output in outputs if isinstance(output, kind)]
+
+
+@pytest.mark.parametrize(("width", "height", "size"), [(512, 256, (64, 32)), (256, 512, (32, 64))])
+async def test_previews_come_after_each_step_when_asked_for(width, height, size):
+    task = task_of(width=width, height=height, num_steps=3)
+    assert of_kind(await collect(FakeEngine().generate(task, Pictures())), Preview) == []
+
+    asked = msgspec.structs.replace(task, previews=True)
+    twice = [of_kind(await collect(FakeEngine().generate(asked, Pictures())), Preview) for _ in range(2)]
+
+    assert [(preview.step, preview.steps, preview.picture.size) for preview in twice[0]] == [
+        (step, 3, size) for step in (1, 2, 3)
+    ]
+    assert [each.picture.tobytes() for each in twice[0]] == [each.picture.tobytes() for each in twice[1]]
+    assert len({preview.picture.tobytes() for preview in twice[0]}) == 3
+
+
+async def test_checkpoints_keep_their_interval():
+    often = await collect(FakeEngine(checkpoint_seconds=1e-9).generate(task_of(num_steps=3), Pictures()))
+    never = await collect(FakeEngine(checkpoint_seconds=0).generate(task_of(num_steps=3), Pictures()))
+    seldom = await collect(FakeEngine().generate(task_of(num_steps=3), Pictures()))
+
+    assert [(checkpoint.step, checkpoint.steps) for checkpoint in of_kind(often, Checkpoint)] == [
+        (1, 3),
+        (2, 3),
+        (3, 3),
+    ]
+    assert of_kind(never + seldom, Checkpoint) == []
+
+
+@pytest.mark.parametrize("has_input", [False, True])
+async def test_a_resumed_task_goes_on_and_makes_the_same_picture(dog, has_input):
+    pictures, task = Pictures(dog) if has_input else Pictures(), task_of(num_steps=9)
+    whole = await collect(FakeEngine(checkpoint_seconds=1e-9).generate(task, pictures))
+    second = of_kind(whole, Checkpoint)[1]
+    later = msgspec.structs.replace(task, deadline=12345.0)
+
+    rest = await collect(FakeEngine().generate(later, pictures, second))
+
+    steps = [output.step for output in of_kind(rest, Progress) if output.stage == Stage.STEPS]
+    assert steps == list(range(2, second.steps + 1))
+    assert rest[-1].picture.tobytes() == whole[-1].picture.tobytes()
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"{}", b'{"step":2,"task":"another"}'])
+async def test_a_checkpoint_that_does_not_fit_is_left_aside(data):
+    outputs = await collect(FakeEngine().generate(task_of(num_steps=3), Pictures(), Checkpoint(2, 3, data)))
+
+    assert Progress(Stage.STEPS, 0, 3) in outputs
+    assert isinstance(outputs[-1], Finished)
+
+
+async def test_another_tasks_checkpoint_is_left_aside():
+    task = task_of(num_steps=3)
+    whole = await collect(FakeEngine(checkpoint_seconds=1e-9).generate(task, Pictures()))
+
+    outputs = await collect(
+        FakeEngine().generate(msgspec.structs.replace(task, seed=2), Pictures(), of_kind(whole, Checkpoint)[0])
+    )
+
+    assert Progress(Stage.STEPS, 0, 3) in outputs
+
+
+async def test_an_interrupt_ends_it_after_its_step_with_a_checkpoint():
+    interrupt = asyncio.Event()
+    outputs = []
+    async for output in FakeEngine(checkpoint_seconds=0).generate(task_of(num_steps=9), Pictures(), None, interrupt):
+        outputs.append(output)
+        if output == Progress(Stage.STEPS, 4, 9):
+            interrupt.set()
+
+    assert [(checkpoint.step, checkpoint.steps) for checkpoint in of_kind(outputs, Checkpoint)] == [(4, 9)]
+    assert isinstance(outputs[-1], Checkpoint)
 
 
 async def test_fail_every_time():

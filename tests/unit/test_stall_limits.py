@@ -79,6 +79,16 @@ class TestLooking:
                 assert watchdog.look(PHASE) == []
             assert watchdog.look(PHASE) == [Hung("0-1", "steps", PHASE, STALL)]
 
+    def test_a_job_that_goes_on_where_it_was_tells_nothing_of_its_first_word(self) -> None:
+        watchdog = Watchdog(STALL, PHASE)
+        with watchdog.job("0-1") as job:
+            for progress in (Progress(Stage.ENCODE_TEXT), Progress(Stage.STEPS, 7, 20), Progress(Stage.STEPS, 8, 20)):
+                job.progress(progress, SMALL)
+            # One step was measured: a size's first one, which counts for nothing.
+            assert watchdog.look(1.0) == []
+            assert watchdog.look(PHASE) == []
+            assert watchdog.look(1.0) == [Hung("0-1", "steps", PHASE + 1, PHASE)]
+
     def test_a_renewed_phase_begins_anew(self) -> None:
         watchdog = Watchdog(STALL, PHASE)
         with watchdog.job("0-1") as job:

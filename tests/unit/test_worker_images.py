@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 from img2img.errors import InvalidImage
 from img2img.images import EXIF_ORIENTATION, PictureLimits
 from img2img.requests import Inputs, OutputFormat
-from worker.images import decode_inputs, encode_picture, resolve_size
+from worker.images import decode_inputs, encode_picture, encode_preview, resolve_size
 
 LIMITS = PictureLimits()
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -289,3 +289,18 @@ def test_quality_costs_bytes(output_format):
     picture = Image.effect_noise((128, 128), 60).convert("RGB")
 
     assert len(encode_picture(picture, output_format, 30)) < len(encode_picture(picture, output_format, 95))
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((64, 48), (64, 48)), ((256, 256), (256, 256)), ((512, 1024), (128, 256)), ((320, 10), (256, 8))],
+)
+def test_a_preview_is_a_small_webp(size, shown):
+    picture = Image.new("RGB", size, (255, 0, 0))
+
+    preview = encode_preview(picture)
+
+    assert picture.size == size
+    with Image.open(io.BytesIO(preview.image)) as opened:
+        assert (opened.format, opened.size) == ("WEBP", shown)
+    assert (preview.media_type, preview.width, preview.height) == ("image/webp", *shown)

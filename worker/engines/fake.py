@@ -21,9 +21,10 @@ import os
 import re
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -33,7 +34,7 @@ from PIL import Image as PillowImage
 from img2img.errors import EngineFailed, ModelRefused
 from img2img.jobs import Receipt, Stage
 from img2img.requests import Sampler
-from worker.engines.base import Checkpoint, EngineInfo, Image, Output, Pictures, Progress, Task
+from worker.engines.base import Checkpoint, EngineInfo, Image, Output, Pictures, Preview, Progress, Task
 from worker.engines.receipts import package_versions, pixels_digest
 
 INFO: Final = EngineInfo("fake", "fake", "cpu", (256, 256))
@@ -45,17 +46,28 @@ UNSAFE: Final = "fake:unsafe"
 """Marks a picture, in Pillow's ``info``, for ``worker.safety.FakeSafetyChecker``."""
 PATTERN_SIDE: Final = 8
 STAMP_PIXELS: Final = 11
+PREVIEW_SIDE: Final = 64
+GREY: Final = (128, 128, 128)
+
+
+class State(msgspec.Struct, frozen=True):
+    """What a checkpoint holds: the steps done, and a digest of the task and its pictures."""
+
+    step: int
+    task: str
 
 
 class FakeEngine:
-    """Draws a pattern that every field of the task and every input pixel changes.
+    """Draws a pattern that every field of the task but ``previews`` and ``deadline``, and every input pixel, changes.
 
-    ``step_seconds`` is the time a step takes; a ``fake:step=`` in the prompt wins over it.
+    ``step_seconds`` is the time a step takes; a ``fake:step=`` in the prompt wins over it. ``checkpoint_seconds`` is
+    the least time between two checkpoints of a task; with 0 there is one at an interrupt only.
     """
 
-    def __init__(self, step_seconds: float = 0.0, *, obeys: bool = True) -> None:
+    def __init__(self, step_seconds: float = 0.0, *, obeys: bool = True, checkpoint_seconds: float = 5.0) -> None:
         self._step_seconds = step_seconds
         self._obeys = obeys
+        self._checkpoint_seconds = checkpoint_seconds or math.inf
         self._failures: Counter[tuple[str, int]] = Counter()
 
     @property
@@ -89,18 +101,39 @@ class FakeEngine:
         if pictures.image is not None:
             yield Progress(Stage.ENCODE_IMAGE)
         steps = _steps(task, pictures)
-        seconds = float(directives.get("step") or self._step_seconds)
-        yield Progress(Stage.STEPS, 0, steps)
-        for step in range(1, steps + 1):
-            await asyncio.sleep(seconds)
-            if step == 1:
-                await self._misbehave(directives, task)
-            yield Progress(Stage.STEPS, step, steps)
+        done = 0 if resume is None else await asyncio.to_thread(_steps_done, resume, task, pictures)
+        async with aclosing(self._take_steps(task, pictures, done, steps, interrupt)) as outputs:
+            async for output in outputs:
+                yield output
+        if interrupt is not None and interrupt.is_set():
+            return
         yield Progress(Stage.DECODE_IMAGE)
         image = await asyncio.to_thread(_finish, task, pictures, steps)
         if "unsafe" in directives:
             image.picture.info[UNSAFE] = True
         yield image
+
+    async def _take_steps(
+        self, task: Task, pictures: Pictures, done: int, steps: int, interrupt: asyncio.Event | None
+    ) -> AsyncGenerator[Output]:
+        """The steps after ``done``, with what comes between them."""
+        directives = self._directives(task.prompt)
+        seconds, saved = float(directives.get("step") or self._step_seconds), time.monotonic()
+        yield Progress(Stage.STEPS, done, steps)
+        for step in range(done + 1, steps + 1):
+            await asyncio.sleep(seconds)
+            if step == done + 1:
+                await self._misbehave(directives, task)
+            yield Progress(Stage.STEPS, step, steps)
+            if task.previews:
+                yield Preview(step, steps, sketch(task, step / steps))
+            ends = interrupt is not None and interrupt.is_set()
+            if ends or time.monotonic() - saved >= self._checkpoint_seconds:
+                saved = time.monotonic()
+                state = State(step, await asyncio.to_thread(_identity, task, pictures))
+                yield Checkpoint(step, steps, msgspec.json.encode(state))
+            if ends:
+                return
 
     def _directives(self, prompt: str) -> dict[str, str | None]:
         found = {match[1]: match[2] for match in DIRECTIVE.finditer(prompt)}
@@ -162,6 +195,28 @@ def draw(task: Task, pictures: Pictures) -> PillowImage.Image:
     return PillowImage.composite(changed, picture, mask.point([0] * 128 + [255] * 128))
 
 
+def sketch(task: Task, share: float) -> PillowImage.Image:
+    """What a preview shows when that ``share`` of the steps is done: the task's pattern, small, coming out of grey."""
+    scale = PREVIEW_SIDE / max(task.width, task.height)
+    size = (max(1, int(task.width * scale)), max(1, int(task.height * scale)))
+    pattern = _pattern(task, b"").resize(size, PillowImage.Resampling.NEAREST)
+    return PillowImage.blend(PillowImage.new("RGB", size, GREY), pattern, share)
+
+
+def _identity(task: Task, pictures: Pictures) -> str:
+    """A digest of all that decides what the picture looks like, in hexadecimal."""
+    return _bytes(task, _digest(pictures), 16).hex()
+
+
+def _steps_done(checkpoint: Checkpoint, task: Task, pictures: Pictures) -> int:
+    """How many steps need not be taken again: none if the checkpoint is unreadable, or another task's."""
+    try:
+        state = msgspec.json.decode(checkpoint.data, type=State)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return 0
+    return state.step if state.task == _identity(task, pictures) else 0
+
+
 def _steps(task: Task, pictures: Pictures) -> int:
     """As many steps as image-to-image takes: the last ``num_steps * strength``, at least one."""
     if pictures.image is None:
@@ -182,8 +237,9 @@ def _stamp(picture: PillowImage.Image, task: Task, pixels: bytes) -> PillowImage
 
 
 def _bytes(task: Task, pixels: bytes, count: int) -> bytes:
-    """``count`` bytes that look random and depend on every field of the task and on ``pixels``."""
-    return hashlib.shake_128(msgspec.json.encode(task) + pixels).digest(count)
+    """``count`` bytes that look random and depend on ``pixels`` and every field of the task that is the picture's."""
+    asked = msgspec.structs.replace(task, previews=False, deadline=math.inf)
+    return hashlib.shake_128(msgspec.json.encode(asked) + pixels).digest(count)
 
 
 def _digest(pictures: Pictures) -> bytes:

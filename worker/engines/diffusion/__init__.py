@@ -22,5 +22,6 @@ from worker.engines.diffusion import threads as threads  # isort: split
 
 from worker.engines.diffusion import quiet as quiet
 from worker.engines.diffusion.engine import DiffusionEngine, EngineOptions
+from worker.engines.diffusion.lane import Intervals
 
-__all__ = ["DiffusionEngine", "EngineOptions"]
+__all__ = ["DiffusionEngine", "EngineOptions", "Intervals"]

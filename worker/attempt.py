@@ -1,0 +1,105 @@
+"""One attempt at a job: why it is to stop, where its time goes, and what it has gathered so far."""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+import structlog
+
+from img2img import telemetry
+from img2img.errors import Unavailable
+from img2img.jobs import Failure, JobState, Outcome, Result, Running, Stage, StopReason
+from img2img.queue_types import Claim
+from worker.watchdog import JobWatch
+
+BLOB_RETRY_SECONDS: Final = (0.25, 0.75)
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+class Stop:
+    """Tells a running job to stop, once; later reasons change nothing."""
+
+    def __init__(self) -> None:
+        self.reason: StopReason | None = None
+        self._event = asyncio.Event()
+
+    def set(self, reason: StopReason) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self._event.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+
+class StageClock:
+    """Seconds per stage, without gaps: one stage ends where the next begins. Each is a span, too."""
+
+    def __init__(self, queued: float) -> None:
+        self.seconds: dict[Stage, float] = {Stage.QUEUED: max(0.0, queued)}
+        self._stage = Stage.LOAD
+        self._since = time.perf_counter()
+        self._span = telemetry.start_stage(Stage.LOAD)
+
+    def enter(self, stage: Stage) -> None:
+        if stage == self._stage:
+            return
+        self.close()
+        self._stage, self._span = stage, telemetry.start_stage(stage)
+
+    def close(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
+        self._since = now
+        self._span.end()
+
+    def observe(self) -> None:
+        for stage, seconds in self.seconds.items():
+            telemetry.STAGE_SECONDS.labels(stage.value).observe(seconds)
+
+
+class Attempt:
+    """What one attempt has gathered so far. ``interrupt`` asks the engine to end where another can go on."""
+
+    def __init__(self, claim: Claim, executed_by: str, watch: JobWatch, stop: Stop) -> None:
+        self.claim = claim
+        self.watch = watch
+        self.stop = stop
+        self.interrupt = asyncio.Event()
+        self.deadline = time.monotonic() + (claim.expires_at - claim.claimed_at) / 1000
+        self.clock = StageClock((claim.claimed_at - claim.created_at) / 1000)
+        self.running = Running(executed_by=executed_by)
+        self.warnings = list(claim.spec.warnings)
+
+    def enter(self, stage: Stage) -> None:
+        self.clock.enter(stage)
+        self.watch.enter(stage)
+
+    def outcome(self, state: JobState, error: Failure | None = None, result: Result | None = None) -> Outcome:
+        self.clock.close()
+        self.clock.observe()
+        return Outcome(
+            state=state,
+            result=result,
+            error=error,
+            timings={stage: round(seconds, 6) for stage, seconds in self.clock.seconds.items()},
+            warnings=tuple(self.warnings),
+            executed_by=self.running.executed_by,
+        )
+
+    async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a blob's transfer while the store cannot be reached: the picture is worth more than the wait.
+
+        The attempt's own limits end it: deadline, time limit, a lost lease, a cancel.
+        """
+        while True:
+            try:
+                return await call()
+            except Unavailable as exc:
+                log.warning("blob_retried", error=str(exc))
+                self.watch.renew()
+                await asyncio.sleep(random.uniform(*BLOB_RETRY_SECONDS))  # noqa: S311
