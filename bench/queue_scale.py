@@ -1,8 +1,8 @@
 """Does a long queue slow a fresh job down? Pick-up by an idle worker, 10,000 running and 100,000 queued beside it.
 
 The backlog is made through the real ``JobQueue``: submitted, and as far as it is to run, claimed by pretended workers
-under a long lease. The fresh job belongs to an account of its own, so that an idle worker's next claim must hand it
-out. Timed is from the beginning of its submission until the worker, which waits in ``wait_for_work``, has claimed it.
+under a long lease. The fresh job belongs to an account of its own, and those of the backlog have had one job before, so
+that an idle worker's next claim must hand it out. Timed is from the beginning of its submission until the worker, which waits in ``wait_for_work``, has claimed it.
 Rounds on the loaded server alternate with rounds on an empty one, and the ratio is between their medians.
 
     python bench/queue_scale.py [--quick]
@@ -49,6 +49,7 @@ WAIT: Final = 5.0
 SETTLE: Final = 0.003
 """The worker is surely waiting again after this many seconds."""
 DONE: Final = Outcome(state=JobState.SUCCEEDED)
+CANCELED: Final = Outcome(state=JobState.CANCELED)
 
 
 class Backlog:
@@ -60,6 +61,14 @@ class Backlog:
         self._accounts = [f"account-{number}" for number in range(accounts)]
         self._running = 0
         self._queued = 0
+
+    async def begin(self) -> None:
+        """Let each account have one job, canceled so that nothing is measured: whoever comes later goes before it."""
+        worker = "pretended"
+        for number, account in enumerate(self._accounts):
+            await self._queue.submit(fresh_spec(account), LIFETIME)
+            (claim,), _ = await self._queue.claim(worker, 1, LEASE, str(number))
+            await self._queue.finish(claim, CANCELED)
 
     async def grow(self, running: int, queued: int) -> None:
         """Submit and claim as many as are missing, unsynced, and leave the server as an idle worker finds it."""
@@ -109,7 +118,7 @@ class Probe:
         number = next(self._numbers)
         worker = asyncio.create_task(self._take(str(number)), name="worker")
         await asyncio.sleep(SETTLE + random.random() * SETTLE)
-        # An account that has had nothing yet, and whose name comes first among equals.
+        # An account that has had nothing yet.
         spec = fresh_spec(f"0-{number}")
         began = time.perf_counter()
         await self._submitting.submit(spec, LIFETIME)
@@ -141,6 +150,7 @@ async def climb(accounts: int, steps: tuple[tuple[int, int], ...], rounds: int) 
         connected(empty_url) as empty,
     ):
         backlog = Backlog(loaded[0], loaded_url, accounts)
+        await backlog.begin()
         for running, queued in steps:
             began = time.perf_counter()
             await backlog.grow(running, queued)
