@@ -2,8 +2,9 @@
 
 The backlog is made through the real ``JobQueue``: submitted, and as far as it is to run, claimed by pretended workers
 under a long lease. The fresh job belongs to an account of its own, and those of the backlog have had one job before, so
-that an idle worker's next claim must hand it out. Timed is from the beginning of its submission until the worker, which waits in ``wait_for_work``, has claimed it.
-Rounds on the loaded server alternate with rounds on an empty one, and the ratio is between their medians.
+that an idle worker's next claim must hand it out. Timed is from the beginning of its submission until the worker, which
+waits in ``wait_for_work``, has claimed it. Rounds on the loaded server alternate with rounds on an empty one, and the
+ratio is between their medians.
 
     python bench/queue_scale.py [--quick]
 """
