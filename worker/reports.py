@@ -53,11 +53,16 @@ class Outbox(Generic[T]):
             await asyncio.wait({self._sending})
 
     async def close(self, *, give_up: bool) -> None:
-        """Send nothing more; what is under way is waited for, or given up."""
+        """Send nothing more; what is under way is waited for, or given up, as it is when the wait is cancelled."""
         self._waiting.clear()
-        if self._sending is not None and give_up:
+        if self._sending is None:
+            return
+        if give_up:
             self._sending.cancel()
-        await self.drain()
+        try:
+            await self.drain()
+        finally:
+            self._sending.cancel()
 
     async def _run(self, item: T) -> None:
         await self._send(item)
@@ -103,9 +108,11 @@ class Reports:
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Whoever interrupts the work does not wait for a silent server, and work that is done needs no checkpoint.
-        await self._checkpoints.close(give_up=True)
-        await self._previews.close(give_up=kind is not None)
-        await self._progress.close(give_up=kind is not None)
+        await asyncio.gather(
+            self._checkpoints.close(give_up=True),
+            self._previews.close(give_up=kind is not None),
+            self._progress.close(give_up=kind is not None),
+        )
 
     def progress(self, progress: Progress) -> None:
         """Note where the job is, and send it unless that would be too soon."""

@@ -62,6 +62,15 @@ async def test_who_cannot_wait_gives_up_what_is_under_way(line: Line, outbox: Ou
     assert (outbox.is_busy, line.begun, line.done) == (False, [1], [])
 
 
+async def test_a_wait_for_the_end_that_is_cancelled_leaves_nothing_running(line: Line, outbox: Outbox[int]) -> None:
+    outbox.offer(1)
+    await asyncio.sleep(0)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(outbox.close(give_up=False), 0.01)
+    await outbox.drain()
+    assert (outbox.is_busy, line.done) == (False, [])
+
+
 async def test_closing_an_unused_outbox_is_fine(outbox: Outbox[int]) -> None:
     await outbox.close(give_up=True)
     await outbox.drain()
