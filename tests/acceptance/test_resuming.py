@@ -123,3 +123,25 @@ def test_without_its_checkpoint_a_job_begins_anew(stack: Stack, server: Redis, d
         assert first_steps(client, job_id)[1] < FEW
         assert len(logged(second, "checkpoint_missing" if damage == "missing" else "checkpoint_unfit")) == 1
         assert anew == picture(client, submit(client, **JOB)["id"])
+
+
+def test_a_killed_diffusion_workers_job_goes_on_to_the_same_bytes(stack: Stack, server: Redis) -> None:
+    """With a real model, in mid-image: the file is the same to the last byte, where that was asked for."""
+    job: dict[str, Any] = {
+        **{"prompt": "Change to a lion", "seed": 1, "guidance": 3.5, "width": 512, "height": 512, "num_steps": 20},
+        "options": {"reproducible": True, "sampler": "euler_a"},
+    }
+    first = stack.worker(engine="diffusion", device="cpu", checkpoint_interval="0.05", **FAST_LEASE)
+    with stack.gateway().client() as client:
+        job_id = submit(client, **job)["id"]
+        eventually(lambda: recorded(server, job_id).get("step", 0) >= FEW, "a checkpoint is recorded")
+        first.kill()
+        step = recorded(server, job_id)["step"]
+        stack.worker(engine="diffusion", device="cpu", **FAST_LEASE)
+        resumed = picture(client, job_id)
+        assert first_steps(client, job_id)[1] >= step
+        again = submit(client, **job)["id"]
+        assert resumed == picture(client, again)
+        receipts = [client.get(f"/v1/jobs/{one}").json()["result"]["receipt"] for one in (job_id, again)]
+        assert receipts[0] == receipts[1]
+        assert receipts[0]["rows"] > 0
