@@ -128,7 +128,12 @@ def test_without_its_checkpoint_a_job_begins_anew(stack: Stack, server: Redis, d
 def test_a_killed_diffusion_workers_job_goes_on_to_the_same_bytes(stack: Stack, server: Redis) -> None:
     """With a real model, in mid-image: the file is the same to the last byte, where that was asked for."""
     job: dict[str, Any] = {
-        **{"prompt": "Change to a lion", "seed": 1, "guidance": 3.5, "width": 512, "height": 512, "num_steps": 20},
+        "prompt": "Change to a lion",
+        "seed": 1,
+        "guidance": 3.5,
+        "width": 512,
+        "height": 512,
+        "num_steps": 20,
         "options": {"reproducible": True, "sampler": "euler_a"},
     }
     first = stack.worker(engine="diffusion", device="cpu", checkpoint_interval="0.05", **FAST_LEASE)

@@ -231,6 +231,11 @@ def test_a_hub_id_without_a_network(monkeypatch):
     assert "could not be downloaded" in refusal_of("nobody/nothing-here")
 
 
+def test_a_device_is_named_once():
+    with pytest.raises(ConfigurationError, match="IMG2IMG_DEVICE=cpu, cpu names a device twice"):
+        resolve_devices("cpu, cpu")
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta"])
 def test_a_device_that_cannot_be_used(device):
     with pytest.raises(ConfigurationError, match=f"IMG2IMG_DEVICE={device}.*use auto, cpu, cuda or cuda:1"):
@@ -238,6 +243,7 @@ def test_a_device_that_cannot_be_used(device):
 
 
 def test_auto_takes_the_gpu_where_there_is_one():
+    assert resolve_devices("cpu") == (torch.device("cpu"),)
     assert resolve_devices("auto")[0].type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 

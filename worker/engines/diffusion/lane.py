@@ -47,8 +47,9 @@ class Intervals(msgspec.Struct, frozen=True):
 
 @dataclass(eq=False)
 class Order:
-    """A task in the lane. ``tell`` is called in the lane's thread with its outputs, and at its end with how it ended:
-    None (done, stopped or interrupted) or the error."""
+    """A task in the lane. In the lane's thread ``tell`` is called with its outputs, and ``ended`` once with how it
+    ended: None (done, stopped or interrupted) or the error.
+    """
 
     task: Task
     pictures: Pictures
@@ -65,10 +66,10 @@ class Order:
 
 @dataclass(eq=False)
 class _Work:
-    """An order that was taken in: its generator, and while it samples its sampling and its place in the batcher."""
+    """An order that was taken in: how its picture is painted, and once it samples, its place in the batcher."""
 
     order: Order
-    steps: Generator[Output | Sampling]
+    painting: Generator[Output | Sampling]
     sampling: Sampling | None = None
     entry: Entry | None = None
     checkpointed: float = field(default_factory=time.monotonic)
@@ -142,8 +143,8 @@ class Lane:
             if order is None:
                 return
             rows = self._limits.fixed_rows if order.task.reproducible else None
-            steps = paint(self.model, order.task, order.pictures, order.resume, rows)
-            self._alone.append(_Work(order, steps))
+            painting = paint(self.model, order.task, order.pictures, order.resume, rows)
+            self._alone.append(_Work(order, painting))
 
     def _let_go(self) -> None:
         """End what was told to stop; an interrupted task leaves a checkpoint first, if it has begun to sample."""
@@ -166,7 +167,7 @@ class Lane:
     def _serve(self, work: _Work) -> None:
         """Go on with one task up to its next output."""
         try:
-            output = next(work.steps, None)
+            output = next(work.painting, None)
         except Exception as exc:
             self._end(work, exc)
             return
@@ -274,7 +275,7 @@ class Lane:
 
     def _end(self, work: _Work, error: Exception | None) -> None:
         """Forget it, and say how it ended."""
-        work.steps.close()
+        work.painting.close()
         if work.entry is not None and self._sampling.pop(work.entry, None) is not None:
             self._batcher.remove(work.entry)
         elif work in self._alone:
