@@ -1,0 +1,36 @@
+"""A diffusion worker runs several jobs at once: each gets the picture that it gets alone."""
+
+from typing import Any
+
+from tests.stack import Stack, eventually, submit
+
+SIZE: dict[str, Any] = {"width": 512, "height": 512}
+JOBS: tuple[dict[str, Any], ...] = (
+    {"prompt": "a lion", "num_steps": 12, "seed": 1, **SIZE},
+    {"prompt": "a rocket", "num_steps": 8, "seed": 2, "guidance": 1.0, **SIZE, "options": {"sampler": "ddim"}},
+    {"prompt": "a panda", "num_steps": 10, "seed": 3, **SIZE, "options": {"sampler": "euler_a", "priority": 5}},
+)
+
+
+def reproducible(job: dict[str, Any]) -> dict[str, Any]:
+    return {**job, "options": {**job.get("options", {}), "reproducible": True}}
+
+
+def test_jobs_that_share_a_worker_get_their_own_pictures(stack: Stack) -> None:
+    stack.worker(engine="diffusion", device="cpu", max_rows="6", progress_interval="0")
+    with stack.gateway().client() as client:
+
+        def ended(job_id: str) -> dict[str, Any]:
+            job: dict[str, Any] = client.get(f"/v1/jobs/{job_id}", params={"wait": 60}).json()
+            assert job["state"] == "succeeded", job
+            return job
+
+        alone = [ended(submit(client, **reproducible(job))["id"])["result"]["receipt"] for job in JOBS]
+        ids = [submit(client, **reproducible(job))["id"] for job in JOBS]
+        running = {"state": "running", "limit": 10}
+        eventually(
+            lambda: len(client.get("/v1/jobs", params=running).json()["jobs"]) == len(JOBS), "all of them run at once"
+        )
+        together = [ended(job_id)["result"]["receipt"] for job_id in ids]
+
+    assert together == alone
