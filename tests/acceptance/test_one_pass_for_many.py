@@ -6,9 +6,9 @@ from tests.stack import Stack, eventually, submit
 
 SIZE: dict[str, Any] = {"width": 512, "height": 512}
 JOBS: tuple[dict[str, Any], ...] = (
-    {"prompt": "a lion", "num_steps": 12, "seed": 1, **SIZE},
-    {"prompt": "a rocket", "num_steps": 8, "seed": 2, "guidance": 1.0, **SIZE, "options": {"sampler": "ddim"}},
-    {"prompt": "a panda", "num_steps": 10, "seed": 3, **SIZE, "options": {"sampler": "euler_a", "priority": 5}},
+    {"prompt": "a lion", "num_steps": 6, "seed": 1, **SIZE},
+    {"prompt": "a rocket", "num_steps": 6, "seed": 2, "guidance": 1.0, **SIZE, "options": {"sampler": "ddim"}},
+    {"prompt": "a panda", "num_steps": 5, "seed": 3, **SIZE, "options": {"sampler": "euler_a", "priority": 5}},
 )
 
 
@@ -17,7 +17,7 @@ def reproducible(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_jobs_that_share_a_worker_get_their_own_pictures(stack: Stack) -> None:
-    stack.worker(engine="diffusion", device="cpu", max_rows="6", progress_interval="0")
+    stack.worker(engine="diffusion", device="cpu", max_rows="6", reproducible_rows="6", progress_interval="0")
     with stack.gateway().client() as client:
 
         def ended(job_id: str) -> dict[str, Any]:
