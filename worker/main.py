@@ -77,7 +77,7 @@ def _describe(name: str, slots: int, engine: EngineInfo) -> WorkerInfo:
     return WorkerInfo(name, slots, engine.name, engine.model, engine.device, math.prod(engine.native_size))
 
 
-async def serve(settings: Settings, engine: Engine, checker: SafetyChecker | None, watchdog: Watchdog) -> None:
+async def serve(settings: Settings, engine: Engine, watchdog: Watchdog, checker: SafetyChecker | None = None) -> None:
     """Work until SIGTERM or SIGINT; then drain, hand back, and close in reverse order of opening."""
     watchdog.watch_loop()
     loop = asyncio.get_running_loop()
@@ -106,13 +106,13 @@ async def _consume(consumer: Consumer, engine: Engine) -> None:
     """
     consuming = asyncio.create_task(consumer.main(), name="consume")
     breaking = asyncio.create_task(engine.broken(), name="engine")
-    await asyncio.wait({consuming, breaking}, return_when=asyncio.FIRST_COMPLETED)
-    broke = breaking.done()
-    if broke:
-        consumer.drain()
-    else:
+    try:
+        await asyncio.wait({consuming, breaking}, return_when=asyncio.FIRST_COMPLETED)
+        if broke := breaking.done():
+            consumer.drain()
+        await consuming
+    finally:
         breaking.cancel()
-    await consuming
     if broke:
         raise EngineFailed("The engine can make no more pictures: see the log, and start the worker again")
 
@@ -128,7 +128,7 @@ def main() -> None:
                 engine = choose_engine(settings)
             with watchdog.phase("loading the safety checker"):
                 checker = choose_checker(settings)
-            uvloop.run(serve(settings, engine, checker, watchdog))
+            uvloop.run(serve(settings, engine, watchdog, checker))
     except Img2ImgError as exc:
         sys.stderr.write(f"img2img worker: {exc}\n")
         sys.exit(2 if isinstance(exc, ConfigurationError) else 1)
