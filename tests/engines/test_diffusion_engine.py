@@ -40,7 +40,7 @@ def forwards(monkeypatch) -> list[str]:
 
 async def test_a_picture_from_the_bundled_model(dog):
     async with DiffusionEngine("emoji-sd", "cpu") as diffusion:
-        assert diffusion.info == EngineInfo("diffusion", "emoji-sd", "cpu", (256, 256), slots=2)
+        assert diffusion.info == EngineInfo("diffusion", "emoji-sd", "cpu", (256, 256), slots=4)
 
         outputs = await collect(diffusion.generate(task_of(), Pictures(dog)))
 
