@@ -112,11 +112,11 @@ def train_denoiser(plan: Plan, folder: Path, output: Path, budget: Budget) -> Tr
     drawings = everything.choose(plan.things, plan.styles)
     device = pick_device()
     parts = first_parts(plan, folder, everything)
-    samples = make_samples(drawings, parts, device, plan)
     rate = RATE if parts.unet.num_parameters() < LARGE else LARGE_RATE
     networks = {"unet": Part(parts.unet, rate), "text_encoder": Part(parts.text_encoder, 2 * rate)}
     identity = {**_plain(plan), "names": drawings.names, "packages": drawings.packages}
     training = Training(networks, device, plan.seed, output.with_name(f"{output.name}.state"), identity)
+    samples = make_samples(drawings, parts, device, plan)
     batch = BATCH[device.type]
     unet, text_encoder = (training.networks[name] for name in networks)
 

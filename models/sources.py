@@ -103,7 +103,7 @@ def fetch(package: Package, folder: Path) -> Path:
     if not tarball.exists():
         folder.mkdir(parents=True, exist_ok=True)
         spec = f"{package.name}@{package.version}"
-        command = ["npm", "pack", "--silent", "--pack-destination", str(folder), spec]
+        command = ["npm", "pack", "--loglevel=error", "--pack-destination", str(folder), spec]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - fixed words, pinned names
         except FileNotFoundError as exc:
