@@ -30,11 +30,11 @@ def eventually(condition: Callable[[], T], what: str, seconds: float = 30.0) -> 
 class Process:
     """A child whose JSON log is kept in a file; ``ready`` is the event that says it is up."""
 
-    def __init__(self, module: str, ready: str, environment: dict[str, str], log: Path) -> None:
+    def __init__(self, module: str, ready: str, environment: dict[str, str], log: Path, *arguments: str) -> None:
         self.log = log
         with log.open("wb") as stream:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [sys.executable, "-m", module, *arguments],
                 env={**os.environ, **environment, "IMG2IMG_LOG_FORMAT": "json"},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
