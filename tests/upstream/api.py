@@ -45,18 +45,21 @@ class Api:
     """Accounts, limits, script and record; ``tokens`` are those of each account, None takes any token for any.
 
     ``delay`` is what every good answer takes (seconds). The limits are Cloudflare's own unless told otherwise: requests
-    to the model a minute and account, and requests to the API in five minutes and token.
+    to the model a minute and account, and requests to the API in five minutes and token. ``most_open`` is the highest
+    number of calls under way at once.
     """
 
     def __init__(self, tokens: dict[str, str] | None = None, delay: float = 0.0) -> None:
         self.tokens = tokens
         self.delay = delay
+        self.open = 0
         self.reset()
 
     def reset(self) -> None:
         """Forget calls, counts and orders; tokens and delay stay."""
         self.script = Script()
         self.calls: list[Call] = []
+        self.most_open = self.open
         self.released = asyncio.Event()
         self.limit(1500, 60.0, 1200, 300.0)
         self._began = time.monotonic()
@@ -76,7 +79,14 @@ class Api:
         call = Call(number=len(self.calls) + 1, at=self.now(), path=request.path, headers=headers)
         call.body_bytes = len(request.body)
         self.calls.append(call)
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
         return call
+
+    def end(self, call: Call) -> None:
+        """The call's connection or stream is done with it."""
+        call.ended_at = self.now()
+        self.open -= 1
 
     async def answer(self, call: Call, request: Request) -> Answer:
         """What the call gets; its record is filled in on the way."""
@@ -151,7 +161,7 @@ class Api:
                 return as_json(msgspec.to_builtins(self.calls))
             case "GET", "limits":
                 windows = {"accounts": self.by_account.seen(), "tokens": self.by_token.seen()}
-                return as_json(msgspec.to_builtins(windows))
+                return as_json(msgspec.to_builtins(windows) | {"most_open": self.most_open})
             case "POST", "limits":
                 self.limit(given["model"], given["model_seconds"], given["token"], given["token_seconds"])
             case "POST", "script":

@@ -136,5 +136,5 @@ BEHAVIOURS: Final[dict[str, Behaviour]] = {
     "reset-body": lambda c: picture(c, sent=len(c.png) // 2, end="reset"),
     "cut-head": lambda c: Answer(wire=b"HTTP/1.1 200 OK\r\ncontent-ty", end="close"),
     "no-http": lambda c: Answer(wire=b"\x00\x01 hello\r\n\r\n", end="close"),
-    "huge-head": lambda c: Answer(headers={"x-filler": "x" * MIB}),
+    "huge-head": lambda c: Answer(headers={f"x-filler-{number}": "x" * 4096 for number in range(64)}),
 }

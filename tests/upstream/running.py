@@ -15,7 +15,7 @@ from tests.upstream.server import Upstream
 
 
 @contextmanager
-def running_upstream(api: Api) -> Iterator[Upstream]:
+def running_upstream(api: Api, certificate: tuple[Path, Path] | None = None) -> Iterator[Upstream]:
     """A server in a thread with a loop of its own, so that synchronous and asynchronous tests can use it.
 
     What is read of ``api`` is as it is at that moment; orders are given before the calls that they are for.
@@ -23,7 +23,7 @@ def running_upstream(api: Api) -> Iterator[Upstream]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="upstream")
     thread.start()
-    upstream = Upstream(api)
+    upstream = Upstream(api, certificate=certificate)
     try:
         asyncio.run_coroutine_threadsafe(upstream.__aenter__(), loop).result(30)
         try:

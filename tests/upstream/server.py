@@ -1,42 +1,38 @@
-"""HTTP/1.1 by hand: requests are read by h11, answers are written as bytes, since half of them break its rules."""
+"""The stand-in's port: HTTP/1.1, and HTTP/2 for callers that ask for it over TLS."""
 
 import asyncio
-import math
-import socket
-import struct
-from http import HTTPStatus
-from typing import Any, Final, Self
+import ssl
+from pathlib import Path
+from typing import Any, Self
 
 import h11
+from h2.exceptions import H2Error
 
-from tests.upstream.answers import Answer
-from tests.upstream.api import Api, Request
-from tests.upstream.calls import Call
-
-PIECES: Final = 20
-NO_LINGER: Final = struct.pack("ii", 1, 0)
-
-
-class HungUp(Exception):
-    """The caller closed the connection before it had its answer."""
+from tests.upstream.api import Api
+from tests.upstream.http1 import Http1Connection
+from tests.upstream.http2 import Http2Connection
 
 
 class Upstream:
-    """A server on ``port`` of 127.0.0.1 (0: any free one), open within its block."""
+    """A server on ``port`` of 127.0.0.1 (0: any free one), open within its block.
 
-    def __init__(self, api: Api, port: int = 0) -> None:
+    With a ``certificate`` (PEM files of it and its key) it speaks TLS, and HTTP/2 to who prefers it.
+    """
+
+    def __init__(self, api: Api, port: int = 0, certificate: tuple[Path, Path] | None = None) -> None:
         self.api = api
         self.port = port
+        self._tls = None if certificate is None else _tls(*certificate)
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[Any]] = set()
 
     @property
     def url(self) -> str:
         """The base URL, as ``https://api.cloudflare.com/client/v4`` is Cloudflare's."""
-        return f"http://127.0.0.1:{self.port}/client/v4"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}/client/v4"
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -51,128 +47,19 @@ class Upstream:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
+        tls = writer.get_extra_info("ssl_object")
+        kind = Http2Connection if tls and tls.selected_alpn_protocol() == "h2" else Http1Connection
         try:
-            connection = Connection(self.api, reader, writer)
-            while await connection.answer_one():
-                pass
-        except (OSError, h11.RemoteProtocolError, asyncio.CancelledError):
+            await kind(self.api, reader, writer).serve()
+        except (OSError, h11.RemoteProtocolError, H2Error, asyncio.CancelledError):
             pass  # whoever ended it, there is nobody left to tell
         finally:
             self._connections.discard(task)
             writer.close()
 
 
-class Connection:
-    """One caller's connection, request after request."""
-
-    def __init__(self, api: Api, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._api = api
-        self._reader, self._writer = reader, writer
-        self._left = b""
-
-    async def answer_one(self) -> bool:
-        """Read a request and answer it; whether there may be another one."""
-        request = await self._read()
-        if request is None:
-            return False
-        if request.path.startswith("/control/"):
-            return await self._send(self._api.control(request))
-        call = self._api.begin(request)
-        listening = asyncio.create_task(self._listen())
-        answering = asyncio.create_task(self._answer(call, request))
-        try:
-            await asyncio.wait({listening, answering}, return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
-                call.ended = "gone"
-                return False
-            kept = answering.result()
-            call.ended = "answered" if kept else "closed"
-            return kept
-        except OSError:
-            call.ended = "gone"
-            return False
-        finally:
-            call.ended_at = self._api.now()
-            for task in (listening, answering):
-                task.cancel()
-            await asyncio.gather(listening, answering, return_exceptions=True)
-
-    async def _read(self) -> Request | None:
-        """The next request, or None where the caller has closed the connection."""
-        parser = h11.Connection(h11.SERVER)
-        if self._left:
-            parser.receive_data(self._left)
-        head: h11.Request | None = None
-        body = bytearray()
-        while True:
-            match parser.next_event():
-                case h11.NEED_DATA:
-                    parser.receive_data(await self._reader.read(1024 * 1024))
-                case h11.Request() as head:
-                    if parser.they_are_waiting_for_100_continue:
-                        self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                case h11.Data(data=data):
-                    body += data
-                case h11.EndOfMessage():
-                    self._left = parser.trailing_data[0]
-                    assert head is not None
-                    headers = {name.decode(): value.decode("latin-1") for name, value in head.headers}
-                    return Request(head.method.decode(), head.target.decode(), headers, bytes(body))
-                case _:
-                    return None
-
-    async def _listen(self) -> None:
-        """Until the caller hangs up; what it sends meanwhile is its next request's beginning."""
-        while data := await self._reader.read(1024):
-            self._left += data
-
-    async def _answer(self, call: Call, request: Request) -> bool:
-        answer = await self._api.answer(call, request)
-        if answer.hold:
-            await self._api.released.wait()
-        if answer.delay:
-            await _sleep(answer.delay)
-        return await self._send(answer)
-
-    async def _send(self, answer: Answer) -> bool:
-        """Write it as it says; whether the connection is left open."""
-        if answer.wire is None:
-            await self._write(_head(answer))
-            await self._send_body(answer)
-        else:
-            await self._write(answer.wire)
-        if answer.end == "reset":
-            self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-        return answer.end == "keep"
-
-    async def _send_body(self, answer: Answer) -> None:
-        body = answer.body[: answer.sent]
-        size = max(1, math.ceil(len(body) / PIECES)) if answer.pace else max(1, len(body))
-        pieces = [body[start : start + size] for start in range(0, len(body), size)] * answer.repeat
-        for piece in pieces:
-            await self._write(b"%x\r\n%b\r\n" % (len(piece), piece) if answer.chunked else piece)
-            if answer.pace:
-                await _sleep(answer.pace / PIECES)
-        if answer.chunked and answer.sent is None:
-            await self._write(b"0\r\n\r\n")
-
-    async def _write(self, data: bytes) -> None:
-        self._writer.write(data)
-        await self._writer.drain()
-
-
-def _head(answer: Answer) -> bytes:
-    headers = dict(answer.headers)
-    if answer.chunked:
-        headers["transfer-encoding"] = "chunked"
-    elif answer.declared != -1:
-        headers["content-length"] = str(len(answer.body) if answer.declared is None else answer.declared)
-    lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase if answer.status < 520 else 'Unknown'}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
-
-
-async def _sleep(seconds: float) -> None:
-    if math.isinf(seconds):
-        await asyncio.Event().wait()
-    await asyncio.sleep(seconds)
+def _tls(certificate: Path, key: Path) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    return context
