@@ -53,7 +53,7 @@ ERRORS: Final = {
         Known(3010, 400, "Invalid or incomplete input for the model: image"),
         Known(3021, 429, "rate limiting: inference request per min rate reached"),
         Known(3023, 403, "Service unavailable for account"),
-        Known(3030, 400, "Model input is not valid: output has been flagged"),
+        Known(3030, 400, "Model input is not valid"),
         Known(3036, 429, DAILY),
         Known(3040, 429, "Capacity temporarily exceeded, please try again."),
         Known(3041, 403, "account not allowed to access this model"),

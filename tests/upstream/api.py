@@ -6,7 +6,7 @@ import math
 import re
 import time
 import uuid
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import msgspec
 
@@ -17,7 +17,7 @@ from tests.upstream.behaviours import BEHAVIOURS, Context
 from tests.upstream.calls import Call
 from tests.upstream.limits import Window
 from tests.upstream.pictures import paint
-from tests.upstream.script import Script
+from tests.upstream.script import ANYBODY, Script
 
 MODEL: Final = "@cf/runwayml/stable-diffusion-v1-5-img2img"
 ROUTE: Final = re.compile(r"/client/v4/accounts/([\w-]+)/ai/run/(.+)")
@@ -142,15 +142,15 @@ class Api:
 
     async def _behave(self, call: Call, request: Request) -> Answer:
         try:
-            name, number, _ = self.script.choose(call.account, call.fields)
+            order = self.script.choose(call.account, call.fields)
             png = await asyncio.to_thread(paint, request.body)
         except ValueError as exc:
             self._refuse(call, 3010, f"Invalid or incomplete input for the model: {exc}")
-        call.behaviour = name
-        answer = BEHAVIOURS[name](Context(png, call.request_id, number))
+        call.behaviour = order.name
+        answer = BEHAVIOURS[order.name](Context(png, call.request_id, order.number))
         return msgspec.structs.replace(answer, delay=answer.delay or (self.delay if answer.status == 200 else 0.0))
 
-    def _refuse(self, call: Call, code: int, reason: str | None = None) -> Any:
+    def _refuse(self, call: Call, code: int, reason: str | None = None) -> NoReturn:
         raise Refused(failure(code, call.request_id, reason))
 
     def control(self, request: Request) -> Answer:
@@ -165,9 +165,7 @@ class Api:
             case "POST", "limits":
                 self.limit(given["model"], given["model_seconds"], given["token"], given["token_seconds"])
             case "POST", "script":
-                self.script.queue(*given.get("next", ()))
-                for account, order in given.get("accounts", {}).items():
-                    self.script.set_account(account, order)
+                self.script.order(*given["orders"], account=given.get("account", ANYBODY))
             case "POST", "delay":
                 self.delay = float(given["seconds"])
             case "POST", "release":

@@ -109,6 +109,7 @@ BEHAVIOURS: Final[dict[str, Behaviour]] = {
     "json-list": lambda c: as_json([1, 2, 3]),
     "json-null": lambda c: as_json(None),
     "unsuccessful": lambda c: msgspec.structs.replace(failure(3040, c.request_id), status=200),
+    "gzip-bomb": lambda c: picture(c, gzip.compress(bytes(64 * MIB), 1), headers={"content-encoding": "gzip"}),
     "huge": lambda c: Answer(
         body=bytes(MIB), repeat=int(c.number or 256), chunked=True, headers={"content-type": "image/png"}
     ),
@@ -117,6 +118,7 @@ BEHAVIOURS: Final[dict[str, Behaviour]] = {
     # Errors in other shapes than the usual one.
     **{str(code): _error(code) for code in ERRORS},
     "3040-object": lambda c: envelope(429, {"code": 3040, "message": ERRORS[3040].text}, as_object=True),
+    "flagged": lambda c: failure(3030, c.request_id, "Model input is not valid: output has been flagged"),
     "allocation": lambda c: envelope(429, {"code": 10_001, "message": f"AiError: {DAILY} ({c.request_id})"}),
     "uncoded": lambda c: as_json({"success": False, "errors": [{"message": "something"}], "result": None}, status=400),
     "no-errors": lambda c: as_json({"success": False, "errors": [], "result": None}, status=500),

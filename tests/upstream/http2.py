@@ -68,7 +68,7 @@ class Http2Connection:
     def _on(self, event: Event) -> None:
         match event:
             case RequestReceived(stream_id=number, headers=headers):
-                self._streams[number] = Stream(dict(headers), bytearray())
+                self._streams[number] = Stream({str(name): str(value) for name, value in headers}, bytearray())
             case DataReceived(stream_id=number, data=data, flow_controlled_length=length):
                 self._streams[number].body += data
                 self._protocol.acknowledge_received_data(length, number)

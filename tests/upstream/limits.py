@@ -39,9 +39,9 @@ class Window:
         return times[-self.limit] + self.seconds - now
 
     def header(self, key: str, now: float) -> str:
-        """The ``Ratelimit`` header: calls left, and seconds until all of the window is free again."""
+        """The ``Ratelimit`` header: calls left, and seconds until there will be one more."""
         left = max(0, self.limit - len(self._times[key]))
-        return f'"default";r={left};t={math.ceil(self._times[key][-1] + self.seconds - now)}'
+        return f'"default";r={left};t={math.ceil(self._times[key][0] + self.seconds - now)}'
 
     def seen(self) -> dict[str, Seen]:
         return self._seen

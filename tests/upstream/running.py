@@ -44,11 +44,18 @@ class UpstreamProcess(Process):
         self.port = int(self.wait_ready()["port"])
         self.url = f"http://127.0.0.1:{self.port}/client/v4"
 
-    def calls(self) -> list[dict[str, Any]]:
-        return self._get("calls")
+    def settings(self, **more: str) -> dict[str, str]:
+        """Those of a worker that calls it."""
+        return proxy_settings(self.url, **more)
 
-    def limits(self) -> dict[str, dict[str, dict[str, Any]]]:
-        return self._get("limits")
+    def calls(self) -> list[dict[str, Any]]:
+        calls: list[dict[str, Any]] = self._get("calls")
+        return calls
+
+    def limits(self) -> dict[str, Any]:
+        """What was counted: ``accounts`` and ``tokens`` as ``limits.Seen``, and ``most_open``."""
+        limits: dict[str, Any] = self._get("limits")
+        return limits
 
     def set(self, what: str, **content: Any) -> None:
         """``script``, ``limits``, ``delay``, ``release`` or ``reset``; see ``Api.control``."""
@@ -65,3 +72,9 @@ class UpstreamProcess(Process):
 
     def _get(self, what: str) -> Any:
         return httpx.get(f"http://127.0.0.1:{self.port}/control/{what}", trust_env=False).raise_for_status().json()
+
+
+def proxy_settings(url: str, **more: str) -> dict[str, str]:
+    """The settings, as variables have them, of a worker that calls the upstream at ``url``."""
+    account = {"upstream_account": "acme", "upstream_token": "secret"}
+    return {"engine": "cloudflare", "upstream_url": url, **account, **more}

@@ -1,8 +1,11 @@
-"""Which behaviour answers a call: queued ones first, then the account's, then what the prompt says."""
+"""Which behaviour answers a call: what is ordered for anybody, then for its account, then what the prompt says."""
 
 import re
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Final
+
+import msgspec
 
 from tests.upstream.behaviours import BEHAVIOURS
 
@@ -10,11 +13,22 @@ from tests.upstream.behaviours import BEHAVIOURS
 ORDER: Final = re.compile(r"([\w-]+?)(?::(\d+(?:\.\d+)?))?(?:=(\d+))?")
 WORD: Final = re.compile(r"upstream:(\S+)")
 
-Order = tuple[str, float | None, int | None]
+ANYBODY: Final = ""
+
+
+class Order(msgspec.Struct, frozen=True):
+    """A behaviour, the number behind its name, and for how many calls (None: from here on)."""
+
+    name: str
+    number: float | None = None
+    times: int | None = None
+
+
+USUAL: Final = Order("ok")
 
 
 def parse(text: str) -> Order:
-    """Name, number and how many times (None: always) of ``3040``, ``slow:0.2`` or ``reset=2``.
+    """``3040``, ``slow:0.2`` or ``reset=2``.
 
     Raises:
         ValueError: no such behaviour.
@@ -22,28 +36,20 @@ def parse(text: str) -> Order:
     match = ORDER.fullmatch(text)
     if match is None or match[1] not in BEHAVIOURS:
         raise ValueError(f"no behaviour {text!r}: use {', '.join(BEHAVIOURS)}, with :NUMBER and =TIMES behind it")
-    return match[1], None if match[2] is None else float(match[2]), None if match[3] is None else int(match[3])
+    return Order(match[1], None if match[2] is None else float(match[2]), None if match[3] is None else int(match[3]))
 
 
 class Script:
-    """Decides, call by call, and counts the calls with the same prompt and seed."""
+    """Decides, call by call."""
 
     def __init__(self) -> None:
-        self._next: deque[Order] = deque()
-        self._accounts: dict[str, Order] = {}
+        # Of whoever calls next, and of each account: its orders, and how many calls they have answered.
+        self._orders: dict[str, tuple[list[Order], int]] = {}
         self._calls: Counter[tuple[str, Any]] = Counter()
 
-    def queue(self, *orders: str) -> None:
-        """Answer the next calls so, whoever makes them; ``reset=2`` stands for two of them."""
-        for order in orders:
-            name, number, times = parse(order)
-            self._next.extend([(name, number, None)] * (times or 1))
-
-    def set_account(self, account: str, order: str | None) -> None:
-        """Answer all calls of this account so, or as usual again."""
-        self._accounts.pop(account, None)
-        if order is not None:
-            self._accounts[account] = parse(order)
+    def order(self, *orders: str, account: str = ANYBODY) -> None:
+        """Answer the next calls so, of an account or of anybody, in place of what was ordered before; then as usual."""
+        self._orders[account] = ([parse(order) for order in orders], 0)
 
     def choose(self, account: str, fields: dict[str, Any]) -> Order:
         """The behaviour for a call with these valid fields.
@@ -51,15 +57,20 @@ class Script:
         Raises:
             ValueError: the prompt names a behaviour that does not exist.
         """
-        calls = (fields["prompt"], fields.get("seed"))
-        self._calls[calls] += 1
-        if self._next:
-            return self._next.popleft()
-        if account in self._accounts:
-            return self._accounts[account]
-        call = self._calls[calls]
-        for name, number, times in map(parse, WORD.findall(fields["prompt"])):
-            if times is None or call <= times:
-                return name, number, times
-            call -= times
-        return "ok", None, None
+        same = (fields["prompt"], fields.get("seed"))
+        self._calls[same] += 1
+        for key in (ANYBODY, account):
+            orders, calls = self._orders.get(key, ([], 0))
+            if chosen := nth(orders, calls + 1):
+                self._orders[key] = (orders, calls + 1)
+                return chosen
+        return nth([parse(word) for word in WORD.findall(fields["prompt"])], self._calls[same]) or USUAL
+
+
+def nth(orders: Iterable[Order], call: int) -> Order | None:
+    """The order that the ``call``-th call (from 1) gets, when each order is for as many calls as it says."""
+    for order in orders:
+        if order.times is None or call <= order.times:
+            return order
+        call -= order.times
+    return None
