@@ -1,6 +1,8 @@
-"""The engine that calls Cloudflare's API, against the stand-in: when it calls, how often, with whom, and what it tells."""
+"""The engine that calls Cloudflare's API, against the stand-in: when it calls, how often, with whom."""
 
 import asyncio
+import json
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -9,9 +11,11 @@ from typing import Any
 
 import pytest
 from arq.connections import ArqRedis
+from click.testing import CliRunner
 from PIL import Image as PillowImage
 from structlog.testing import capture_logs
 
+from img2img.cli import main
 from img2img.errors import (
     JobError,
     ModelRefused,
@@ -93,9 +97,13 @@ async def outputs_of(engine: CloudflareEngine, task: Task, pictures: Pictures | 
 async def failure_of(engine: CloudflareEngine, task: Task) -> tuple[JobError, list[Output]]:
     """What the task fails of, and what came before."""
     outputs: list[Output] = []
-    with pytest.raises(JobError) as caught:
+
+    async def work() -> None:
         async for output in engine.generate(task, Pictures()):
             outputs.append(output)  # noqa: PERF401 - what came before the error counts
+
+    with pytest.raises(JobError) as caught:
+        await work()
     return caught.value, outputs
 
 
@@ -359,9 +367,8 @@ class TestLimits:
     ) -> None:
         rates = Rates(account_calls=2, account_window=0.2)
         async with opened(valkey_url, upstream.url, rates=rates) as engine:
-            api.limit(2, 0.15, 1000, 300.0)
-            await asyncio.gather(*(outputs_of(engine, task_of()) for _ in range(6)))
-        assert [call.status for call in api.calls] == [200] * 6
+            found = await asyncio.gather(*(outputs_of(engine, task_of()) for _ in range(6)))
+        assert [words(outputs) for outputs in found] == [["Sent", "Image"]] * 6
 
     async def test_a_wait_beyond_the_deadline_is_told_at_once(
         self, valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis
@@ -411,6 +418,23 @@ async def test_what_is_spent_is_in_the_books(engine: CloudflareEngine, valkey_ur
     async with open_ledger(valkey_url, Rates()) as ledger:
         (day,) = (await ledger.books("acme")).days
     assert (day.calls, day.pictures, day.neurons) == (2, 1, 12.5)
+
+
+async def test_the_books_can_be_read_on_a_terminal(engine: CloudflareEngine, valkey_url: str) -> None:
+    await outputs_of(engine, task_of())
+    await failure_of(engine, task_of("4006"))
+    shown = await asyncio.to_thread(_upstream_command, valkey_url)
+    (books,) = [
+        json.loads(line) for line in (await asyncio.to_thread(_upstream_command, valkey_url, "--json")).splitlines()
+    ]
+    assert re.match(r"acme, parked for \d+\.\d h\n  \d{4}-\d\d-\d\d +2 calls +1 pictures +12\.5 neurons\n", shown)
+    assert (books["account"], books["days"][0]["calls"], books["days"][0]["neurons"]) == ("acme", 2, 12.5)
+
+
+def _upstream_command(redis_url: str, *options: str) -> str:
+    result = CliRunner().invoke(main, ["upstream", "--redis-url", redis_url, *options])
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 async def test_no_token_is_in_a_log_or_an_error(valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis) -> None:
