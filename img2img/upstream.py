@@ -20,6 +20,13 @@ EPOCH: Final = date(1970, 1, 1)
 NO_QUEUE: Final = ""
 """Accounts are shared by all queues of a server."""
 
+ARRIVAL_SPREAD: Final = 1.0
+"""By so many seconds one call may take longer than another to arrive.
+
+The upstream counts a call there, we count it here. Without this much on top of its windows, slow calls of one window
+and quick ones of the next would be too many in one of its.
+"""
+
 
 class Credential(msgspec.Struct, frozen=True):
     """An account of the upstream, and a digest that stands for one of its tokens."""
@@ -29,12 +36,12 @@ class Credential(msgspec.Struct, frozen=True):
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """How many calls the upstream takes within a window (seconds): of an account, and with a token."""
+    """How many calls are made within a window (seconds): of an account, and with a token."""
 
     account_calls: int = 1500
-    account_window: float = 60.0
+    account_window: float = 60.0 + ARRIVAL_SPREAD
     token_calls: int = 1200
-    token_window: float = 300.0
+    token_window: float = 300.0 + ARRIVAL_SPREAD
 
 
 class Pause(msgspec.Struct, frozen=True):

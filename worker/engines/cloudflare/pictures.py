@@ -75,6 +75,8 @@ def _decode(data: bytes, size: tuple[int, int]) -> Image.Image:
         if picture.size != size:
             width, height = picture.size
             raise NoPicture(f"a picture of {width}x{height} instead of {size[0]}x{size[1]}")
-        return to_rgb(picture)
+        # Pillow decodes many a damaged PNG without a word; its checksums tell. It needs opening again after that.
+        picture.verify()
+        return to_rgb(Image.open(io.BytesIO(data), formats=[form]))
     except BROKEN as exc:
         raise NoPicture("a damaged picture") from exc
