@@ -20,6 +20,16 @@ IDLE_SECONDS: Final = 15.0
 MAX_ANSWER: Final = 32 * 1024 * 1024
 """Bytes; a picture of 2048x2048 is 12 MiB before compression, and a third more in base64."""
 
+UNSENT: Final = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.ProxyError,
+    httpx.WriteError,
+    httpx.WriteTimeout,
+)
+"""What httpx raises before the last byte of a call is out: nobody begins with half a body."""
+
 
 class Answer(msgspec.Struct, frozen=True):
     """What the upstream said; the names of ``headers`` are in small letters."""
@@ -84,7 +94,7 @@ class Exchange:
                 self._client.stream("POST", path, content=body, headers=headers, timeout=timeout) as response,
             ):
                 return Answer(response.status_code, dict(response.headers), await _read(response))
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.WriteError, httpx.ProxyError) as exc:
+        except UNSENT as exc:
             raise NeverSent(_words(exc)) from exc
         except (httpx.HTTPError, TimeoutError) as exc:
             raise NoAnswer(_words(exc)) from exc

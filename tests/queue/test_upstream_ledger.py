@@ -16,7 +16,7 @@ DAY: Final = 24 * 3600 * 1000
 
 
 def ledger_of(redis: ArqRedis, account: int = 10, token: int = 100) -> UpstreamLedger:
-    return UpstreamLedger(redis, Rates(account_calls=account, token_calls=token))
+    return UpstreamLedger(redis, Rates(account, 60.0, token, 300.0))
 
 
 async def admitted(ledger: UpstreamLedger, *credentials: Credential, calls: int) -> Counter[str]:
