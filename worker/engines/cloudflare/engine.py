@@ -195,7 +195,7 @@ class CloudflareEngine:
                 return self._accounts[await self._credential(tries, ends)]
         except TimeoutError as exc:
             breaker = self._gate.breaker
-            why = "fails call after call" if breaker.is_open else "takes no more calls at once"
+            why = "fails call after call" if breaker.is_open else "takes no more calls for the moment"
             pause = breaker.pause()
             raise UpstreamBusy(
                 f"The upstream {why}: wait", _spread(pause if pause < LONGEST_PAUSE else LONGEST_PAUSE)
@@ -236,7 +236,8 @@ class CloudflareEngine:
                 outcome=outcome.label,
                 account=account.id,
                 request=called.request_id,
-                words=called.verdict.words,
+                # What it says of an input may quote the prompt.
+                words="" if outcome.action in (Action.REFUSE, Action.CENSOR) else called.verdict.words,
             )
         await self._settle(account, called)
         return called

@@ -83,8 +83,11 @@ class Exchange:
         Raises:
             NeverSent, NoAnswer: which of the two decides whether a repetition may be billed twice.
         """
+        if seconds <= 0:
+            raise NeverSent("the deadline has passed")
         limit = min(seconds, ANSWER_SECONDS)
-        timeout = httpx.Timeout(limit, connect=min(limit, CONNECT_SECONDS))
+        # Half of a short time: who ran out of it while connecting has sent nothing, and that should show.
+        timeout = httpx.Timeout(limit, connect=min(limit / 2, CONNECT_SECONDS))
         path = f"/accounts/{account.id}/ai/run/{MODEL}"
         headers = {"authorization": account.authorization}
         try:
