@@ -51,7 +51,7 @@ proto: $(VENV)/.test ## Generate img2img/v1 from proto/
 		--grpc_python_out=$(PROTO_OUT) proto/img2img/v1/img2img.proto
 
 bench: $(VENV)/.test ## Run the benchmarks (BENCH=queue for one, QUICK=1 for a short run)
-	@for name in $(or $(BENCH),gateway queue queue_scale cancel eta engine); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
+	@for name in $(or $(BENCH),gateway queue queue_scale cancel eta engine proxy); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
 
 CHAOS_SECONDS ?= 600
 CHAOS_SEED ?= 7

@@ -31,6 +31,10 @@
     ├── LeaseLost                     lease_lost            a worker's claim was taken over
     └── JobError                      job_failed            why a job ended without a picture
         ├── EngineFailed              engine_failed         worth another attempt
+        │   └── UpstreamFailed        upstream_failed       the service that the engine calls failed
+        ├── UpstreamBusy              upstream_busy         it takes no call now; says when to try again
+        ├── UpstreamRefused           upstream_refused      it takes none of ours: an account or address is wrong
+        ├── UpstreamUnknown           upstream_unknown      its answer was lost; the call may have been billed
         ├── ModelRefused              model_refused         the same input fails again
         ├── UnsafeOutput              unsafe_output         the safety checker flagged the picture
         ├── InputGone                 input_gone            its input was deleted before it ran
@@ -211,6 +215,36 @@ class JobError(Img2ImgError):
 class EngineFailed(JobError):
     code = "engine_failed"
     retryable = True
+
+
+class UpstreamFailed(EngineFailed):
+    """The service that the engine calls did not make the picture; another attempt may work."""
+
+    code = "upstream_failed"
+
+
+class UpstreamBusy(JobError):
+    """The upstream takes no call now. No attempt is spent: the job waits for ``retry_after`` seconds in the queue."""
+
+    code = "upstream_busy"
+    retryable = True
+    retry_after: float = 1.0  # for those that error_of makes
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UpstreamRefused(JobError):
+    """The upstream takes no call of ours, whatever the input: who runs the service has to mend something."""
+
+    code = "upstream_refused"
+
+
+class UpstreamUnknown(JobError):
+    """A call was sent and its answer was lost: running the job again may be billed again."""
+
+    code = "upstream_unknown"
 
 
 class ModelRefused(JobError):

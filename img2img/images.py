@@ -26,6 +26,10 @@ HEADER_ERRORS: Final = (OSError, ValueError, SyntaxError, LookupError, TypeError
 FREE_READS: Final = 10_000
 BYTES_PER_READ: Final = 64
 
+WHITE: Final = (255, 255, 255, 255)
+SIXTEEN_BIT_MODES: Final = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
+SIXTEEN_TO_EIGHT: Final = 1 / 257  # 65535 / 257 is exactly 255
+
 
 class PictureLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds on an encoded file (bytes) and on its decoded sides (pixels)."""
@@ -129,3 +133,19 @@ def _too_many_pixels(field: str, limits: PictureLimits) -> InvalidImage:
 
 def _named(formats: tuple[str, ...]) -> str:
     return f"{', '.join(formats[:-1])} or {formats[-1]}"
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """The picture as 8-bit RGB, on white where it is transparent. It reads every pixel: call it in a thread."""
+    picture = _to_eight_bit(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture)
+    return picture.convert("RGB")
+
+
+def _to_eight_bit(picture: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bit; Pillow's own conversion cuts everything above 255 to white."""
+    if picture.mode not in SIXTEEN_BIT_MODES:
+        return picture
+    return picture.convert("F").point(lambda value: value * SIXTEEN_TO_EIGHT + 0.5).convert("L")

@@ -1,7 +1,7 @@
 """A job as everybody sees it. State diagram: docs/job-states.md."""
 
 from enum import StrEnum
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -23,6 +23,8 @@ class JobState(StrEnum):
         return self in TERMINAL_STATES
 
 
+OnLost = Literal["retry", "fail"]
+"""What becomes of a job whose call of another service was sent and never answered, so that it may have been billed."""
 TERMINAL_STATES: Final = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED, JobState.EXPIRED})
 PREVIEW: Final = "preview"
 """The type of an event that shows what a running job has so far."""
@@ -44,6 +46,7 @@ class Stage(StrEnum):
     QUEUED = "queued"
     LOAD = "load"
     DECODE = "decode"
+    UPSTREAM = "upstream"
     ENCODE_TEXT = "encode_text"
     ENCODE_IMAGE = "encode_image"
     STEPS = "steps"
@@ -79,6 +82,18 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     rows: int | None = None
 
 
+class UpstreamCall(msgspec.Struct, frozen=True, kw_only=True):
+    """The call of another service that made a picture: what to name when asking that service about it.
+
+    ``request_id`` is the service's own, "" where it gave none; ``account`` stands for the one that paid: the first
+    digits of the SHA-256 of its id; ``neurons`` is the price, where the answer told it.
+    """
+
+    request_id: str
+    account: str
+    neurons: float | None = None
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Where the picture lies and what it is; ``expires_at`` in milliseconds since 1970."""
 
@@ -90,6 +105,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     expires_at: int
     receipt: Receipt | None = None
+    upstream: UpstreamCall | None = None
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,6 +30,7 @@ from img2img.jobs import (
     Job,
     JobSpec,
     JobState,
+    OnLost,
     Outcome,
     PreviewPicture,
     Running,
@@ -43,8 +44,8 @@ from img2img.trips import SharedTrips
 
 SHARD: Final = 0
 SCRIPTS: Final = (
-    "submit", "claim", "beat", "report", "checkpoint", "preview", "finish", "release", "cancel", "replay", "look",
-    "wait", "leave", "sweep", "sign_off", "stats",
+    "submit", "claim", "beat", "report", "checkpoint", "preview", "sent", "finish", "release", "cancel", "replay",
+    "look", "wait", "leave", "sweep", "sign_off", "stats",
 )  # fmt: skip
 SHARING: Final = ("submit", "finish")
 """Those of them of which many are under way at once."""
@@ -258,6 +259,15 @@ class JobQueue:
         bare = {"step": step, "steps": steps}
         whole = msgspec.json.encode(bare | msgspec.structs.asdict(picture))
         answer = await self._run("preview", claim.id, claim.fence, whole, msgspec.json.encode(bare))
+        return None if answer == b"ok" else read_stop(answer)
+
+    async def sent(self, claim: Claim, on_lost: OnLost | None) -> StopReason | None:
+        """Record, before it is made, a call that may be billed; None takes the word back. Safe to repeat.
+
+        ``on_lost`` is what becomes of the job if the attempt ends without that call's answer. Answers with the reason
+        if the job should stop; after ``LEASE_LOST`` nothing was written.
+        """
+        answer = await self._run("sent", claim.id, claim.fence, on_lost or "")
         return None if answer == b"ok" else read_stop(answer)
 
     async def finish(self, claim: Claim, outcome: Outcome) -> None:

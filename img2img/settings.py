@@ -20,7 +20,8 @@ GUIDED_ROWS: Final = 2
 POSITIVE: Final = (
     "attempt_timeout", "attempts", "beat", "crash_limit", "idempotency_retention", "job_retention", "lease",
     "max_image_bytes", "max_image_side", "max_job_age", "max_json_body", "max_prompt_bytes", "phase_limit",
-    "result_retention", "stall_limit", "sync_timeout",
+    "result_retention", "stall_limit", "sync_timeout", "upstream_account_calls", "upstream_breaker",
+    "upstream_max_calls", "upstream_min_concurrency", "upstream_token_calls",
 )  # fmt: skip
 NOT_NEGATIVE: Final = (
     "checkpoint_interval", "concurrency", "drain_timeout", "fake_step_seconds", "input_retention", "max_defer",
@@ -30,13 +31,16 @@ NOT_NEGATIVE: Final = (
 MAX_SECONDS: Final = 100 * 365 * 24 * 3600.0
 """No time may be longer; clocks and timers go no further than some centuries."""
 CHOICES: Final = {
-    "engine": ("auto", "diffusion", "fake"),
+    "engine": ("auto", "diffusion", "cloudflare", "fake"),
+    "upstream_images": ("base64", "integers"),
+    "upstream_on_lost": ("retry", "fail"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("auto", "json", "console"),
 }
 CLIENT_VARIABLES: Final = frozenset({"IMG2IMG_SERVER", "IMG2IMG_KEY"})
 """Read by the client's commands, not by the service."""
+UPSTREAM_URL: Final = re.compile(r"https?://[^\s/?#@]+(/[^\s?#@]*)?")
 SERVICE_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)(_\w+)?$|_PORT(_\d+_(TCP|UDP)\w*)?$")
 """What Kubernetes puts into every container for a service whose name begins with img2img."""
 
@@ -94,6 +98,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     safety_checker: str | None = None
     fake_step_seconds: float = 0.0
     fake_obeys: bool = True
+    upstream_url: str = "https://api.cloudflare.com/client/v4"
+    upstream_account: str | None = None
+    upstream_token: str | None = None
+    upstream_accounts_file: Path | None = None
+    upstream_images: str = "base64"
+    upstream_on_lost: str = "retry"
+    upstream_max_calls: int = 4
+    upstream_account_calls: int = 1500
+    upstream_token_calls: int = 1200
+    upstream_min_concurrency: int = 1
+    upstream_max_concurrency: int = 64
+    upstream_breaker: int = 5
     lease: float = 6.0
     beat: float = 2.0
     stall_limit: float = 60.0
@@ -111,6 +127,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     log_format: str = "auto"
     log_prompts: bool = False
+
+    def __repr__(self) -> str:
+        shown = msgspec.structs.asdict(self) | {"upstream_token": self.upstream_token and "***"}
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
     def request_limits(self) -> RequestLimits:
@@ -179,6 +199,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(
                 "IMG2IMG_MAX_BODY_BYTES_IN_FLIGHT must be at least twice IMG2IMG_MAX_JSON_BODY: a body counts twice, "
                 "as it comes in and decoded"
+            )
+
+        self._check_upstream()
+
+    def _check_upstream(self) -> None:
+        if not UPSTREAM_URL.fullmatch(self.upstream_url):
+            raise ConfigurationError(
+                "IMG2IMG_UPSTREAM_URL must be an address such as https://api.cloudflare.com/client/v4, without user, "
+                "query or fragment"
+            )
+        if self.upstream_max_concurrency < self.upstream_min_concurrency:
+            raise ConfigurationError(
+                "IMG2IMG_UPSTREAM_MAX_CONCURRENCY must be at least IMG2IMG_UPSTREAM_MIN_CONCURRENCY"
             )
 
     def _check_numbers(self) -> None:

@@ -36,6 +36,7 @@ ENGINE_BUSY_SECONDS = Counter("img2img_engine_busy_seconds", "Time in passes thr
 ENGINE_PASSES = Counter("img2img_engine_passes", "Passes through the network", ["device"])
 ENGINE_ROWS = Counter("img2img_engine_rows", "Rows of those passes, without padding", ["device"])
 ENGINE_MEMORY_BYTES = Gauge("img2img_engine_memory_bytes", "Memory taken on the device", ["device"])
+UPSTREAM_CALLS = Counter("img2img_upstream_calls", "Calls of the service that makes the pictures", ["outcome"])
 MODEL_LOAD_SECONDS = Histogram("img2img_model_load_seconds", "Time to open the engine", buckets=SECONDS)
 
 tracer = trace.get_tracer("img2img")

@@ -64,6 +64,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     data_dir: Path
     engine: str | None = None
     model: str | None = None
+    upstream: str | None = None
     http_port: int = 8000
     grpc_port: int = 50051
     workers: int = 1
@@ -321,6 +322,7 @@ class Supervisor:
             "GRPC_PORT": self.options.grpc_port,
             "ENGINE": self.options.engine,
             "MODEL": self.options.model,
+            "UPSTREAM_URL": self.options.upstream,
             "LOG_LEVEL": self.options.log_level,
         }
         # A person waits in front of the terminal, not a rolling update.

@@ -92,7 +92,7 @@ class Attempt:
         )
 
     async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Repeat a blob's transfer while the store cannot be reached: the picture is worth more than the wait.
+        """Repeat a blob's transfer, or a word to the server, while it cannot be reached: the picture is worth the wait.
 
         The attempt's own limits end it: deadline, time limit, a lost lease, a cancel.
         """

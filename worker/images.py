@@ -11,7 +11,7 @@ from typing import Final
 from PIL import Image
 
 from img2img.errors import InvalidImage
-from img2img.images import HEADER_ERRORS, PictureLimits, open_picture, orientation
+from img2img.images import HEADER_ERRORS, PictureLimits, open_picture, orientation, to_rgb
 from img2img.jobs import PreviewPicture
 from img2img.requests import SIZE_MULTIPLE, Inputs, OutputFormat
 from worker.engines.base import Pictures
@@ -20,9 +20,7 @@ from worker.metadata import Metadata, exif_block, png_chunks
 MIN_SIDE: Final = 256
 MAX_SIDE: Final = 2048
 
-WHITE: Final = (255, 255, 255, 255)
 MASK_THRESHOLD: Final = 128
-SIXTEEN_BIT_MODES: Final = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,7 +30,6 @@ TURNS: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIXTEEN_TO_EIGHT: Final = 1 / 257  # 65535 / 257 is exactly 255
 
 # Measured on a 1024x1024 drawing and on noise: level 1 takes a quarter to two thirds of level 6's time and
 # its files are at most a quarter larger; WebP method 2 takes half of the default 4's time.
@@ -56,7 +53,7 @@ def decode_inputs(inputs: Inputs, limits: PictureLimits) -> Pictures:
     Raises:
         InvalidImage: names the field whose bytes are truncated, corrupt or not a picture the service takes.
     """
-    image = None if inputs.image is None else _to_rgb(_load("image", inputs.image, limits))
+    image = None if inputs.image is None else to_rgb(_load("image", inputs.image, limits))
     mask = None if inputs.mask is None else _to_mask(_load("mask", inputs.mask, limits))
     if image is not None and mask is not None and mask.size != image.size:
         mask = mask.resize(image.size, Image.Resampling.NEAREST)
@@ -132,24 +129,9 @@ def _load(field: str, data: bytes, limits: PictureLimits) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    picture = _to_eight_bit(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture)
-    return picture.convert("RGB")
-
-
 def _to_mask(picture: Image.Image) -> Image.Image:
-    luminance = _to_rgb(picture).convert("L")
+    luminance = to_rgb(picture).convert("L")
     return luminance.point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))
-
-
-def _to_eight_bit(picture: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bit; Pillow's own conversion cuts everything above 255 to white."""
-    if picture.mode not in SIXTEEN_BIT_MODES:
-        return picture
-    return picture.convert("F").point(lambda value: value * SIXTEEN_TO_EIGHT + 0.5).convert("L")
 
 
 def _side(pixels: float) -> int:

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from contextlib import AsyncExitStack
+from typing import cast
 
 import structlog
 import uuid_utils
@@ -15,11 +16,14 @@ import uvloop
 
 from img2img import telemetry
 from img2img.errors import ConfigurationError, EngineFailed, Img2ImgError
+from img2img.jobs import OnLost
 from img2img.queue_types import WorkerInfo
 from img2img.settings import Settings
+from img2img.upstream import Rates, open_ledger
 from img2img.wiring import open_parts
 from worker.consumer import Consumer
 from worker.engines.base import Engine, EngineInfo
+from worker.engines.cloudflare import CloudflareEngine, ImageForm, UpstreamOptions, load_accounts
 from worker.engines.fake import FakeEngine
 from worker.runner import JobRunner
 from worker.safety import FakeSafetyChecker, SafetyChecker
@@ -32,8 +36,10 @@ def choose_engine(settings: Settings) -> Engine:
     """The engine that the settings name; ``auto`` is diffusion.
 
     Raises:
-        ConfigurationError: the diffusion extra is not installed.
+        ConfigurationError: the diffusion extra is not installed, or the cloudflare engine's accounts are wrong.
     """
+    if settings.engine == "cloudflare":
+        return _cloudflare(settings)
     if settings.engine == "fake":
         return FakeEngine(
             settings.fake_step_seconds, obeys=settings.fake_obeys, checkpoint_seconds=settings.checkpoint_interval
@@ -52,6 +58,21 @@ def choose_engine(settings: Settings) -> Engine:
         intervals=Intervals(settings.checkpoint_interval, settings.preview_interval),
     )
     return DiffusionEngine(settings.model, settings.device, options)
+
+
+def _cloudflare(settings: Settings) -> Engine:
+    accounts = load_accounts(settings.upstream_account, settings.upstream_token, settings.upstream_accounts_file)
+    options = UpstreamOptions(
+        url=settings.upstream_url,
+        images=cast("ImageForm", settings.upstream_images),  # one of its choices, by Settings.check
+        on_lost=cast("OnLost", settings.upstream_on_lost),
+        max_calls=settings.upstream_max_calls,
+        lowest=settings.upstream_min_concurrency,
+        highest=settings.upstream_max_concurrency,
+        breaker=settings.upstream_breaker,
+    )
+    rates = Rates(account_calls=settings.upstream_account_calls, token_calls=settings.upstream_token_calls)
+    return CloudflareEngine(accounts, options, open_ledger(settings.redis_url, rates))
 
 
 def choose_checker(settings: Settings) -> SafetyChecker | None:

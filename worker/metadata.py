@@ -73,11 +73,11 @@ def _parameters(spec: JobSpec, image: Image) -> str:
     sampler = spec.options.sampler if receipt is None else receipt.sampler
     values = {
         "Steps": asked.num_steps,
-        "Sampler": None if sampler is None else SAMPLER_NAMES.get(sampler, sampler),
+        "Sampler": SAMPLER_NAMES.get(sampler, sampler) if sampler else None,
         "CFG scale": f"{asked.guidance:g}",
         "Seed": spec.seed,
         "Size": f"{image.picture.width}x{image.picture.height}",
-        "Model hash": None if receipt is None else receipt.revision[:HASH_DIGITS],
+        "Model hash": receipt.revision[:HASH_DIGITS] if receipt and receipt.revision else None,
         "Model": None if receipt is None else receipt.model,
         "Denoising strength": None if asked.image is None else f"{asked.strength:g}",
     }

@@ -27,15 +27,27 @@ from img2img.errors import (
     JobError,
     JobExpired,
     LeaseLost,
+    UpstreamBusy,
 )
-from img2img.jobs import Failure, JobSpec, JobState, Outcome, Result, Stage, StopReason
+from img2img.jobs import Failure, JobSpec, JobState, OnLost, Outcome, Result, Stage, StopReason
 from img2img.queue import JobQueue
 from img2img.queue_types import Claim
 from img2img.requests import Inputs
 from img2img.server import milliseconds
 from img2img.settings import Settings
 from worker.attempt import Attempt, Stop
-from worker.engines.base import Checkpoint, Engine, Image, Notice, Pictures, Preview, Progress, Task
+from worker.engines.base import (
+    Answered,
+    Checkpoint,
+    Engine,
+    Image,
+    Notice,
+    Pictures,
+    Preview,
+    Progress,
+    Sent,
+    Task,
+)
 from worker.images import decode_inputs, encode_picture, resolve_size
 from worker.metadata import describe
 from worker.reports import Reports
@@ -204,6 +216,10 @@ class JobRunner:
                             reports.checkpoint(output)
                         case Notice():
                             attempt.warnings.append(output.message)
+                        case Sent():
+                            await self._mark_sent(attempt, output.on_lost)
+                        case Answered():
+                            await self._mark_sent(attempt, None)
                         case Image():
                             return output
         finally:
@@ -212,6 +228,16 @@ class JobRunner:
             raise EngineFailed("The engine ended without a picture")
         await reports.all_stored()
         raise _interruption(StopReason.SHUTDOWN)
+
+    async def _mark_sent(self, attempt: Attempt, on_lost: OnLost | None) -> None:
+        """Have it on record that a call may be billed, or not any more; until then the engine waits.
+
+        Raises:
+            JobCanceled, Interrupted, LeaseLost: the job is to stop, and no call to be made.
+        """
+        reason = await attempt.patiently(lambda: self._queue.sent(attempt.claim, on_lost))
+        if reason is not None:
+            raise _interruption(reason)
 
     def _progress(self, attempt: Attempt, progress: Progress, task: Task, resume: Checkpoint | None) -> None:
         if resume is not None and progress.stage == Stage.STEPS and attempt.running.stage != Stage.STEPS:
@@ -266,6 +292,7 @@ class JobRunner:
             sha256=hashlib.sha256(data).hexdigest(),
             expires_at=expires_at,
             receipt=image.receipt,
+            upstream=image.upstream,
         )
 
     def _decide(self, attempt: Attempt, error: Img2ImgError) -> Decision:
@@ -283,6 +310,12 @@ class JobRunner:
                 return Release(failure, "interruptions")
             case InvalidRequest() | JobError(retryable=False):
                 return attempt.outcome(JobState.FAILED, failure)
+            case UpstreamBusy() if time.monotonic() + error.retry_after >= attempt.deadline:
+                # Sooner said than waited for.
+                return attempt.outcome(JobState.FAILED, failure)
+            case UpstreamBusy():
+                attempt.clock.close()
+                return Release(failure, "interruptions", delay=error.retry_after)
             case _:
                 attempt.clock.close()
                 return Release(failure, "failures", delay=self._retry_delay(attempt.claim.failures))

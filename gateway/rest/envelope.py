@@ -80,6 +80,9 @@ ERRORS: Final[dict[type[Img2ImgError], Dialect]] = {
     errors.ClientClosed: Dialect(3008, 408, "AiError: Request was aborted ({id})"),
     # The job has had all its attempts: an SDK that sends it again would only double them.
     errors.JobError: Dialect(3043, 500, "AiError: Internal server error: {detail} ({id})", retry=False),
+    errors.UpstreamBusy: Dialect(
+        3040, 429, "AiError: Capacity temporarily exceeded, please try again. {detail} ({id})", retry=False
+    ),
     errors.ModelRefused: Dialect(3030, 400, "AiError: Model input is not valid: {detail} ({id})"),
     errors.UnsafeOutput: Dialect(3030, 400, "AiError: Output has been flagged: {detail} ({id})"),
     errors.JobCanceled: Dialect(3008, 408, "AiError: Request was aborted: {detail} ({id})", retry=False),

@@ -4,7 +4,19 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from img2img.jobs import Eta, Failure, Job, JobEvent, JobState, PastAttempt, PreviewPicture, Receipt, Result, Stage
+from img2img.jobs import (
+    Eta,
+    Failure,
+    Job,
+    JobEvent,
+    JobState,
+    PastAttempt,
+    PreviewPicture,
+    Receipt,
+    Result,
+    Stage,
+    UpstreamCall,
+)
 from img2img.requests import JobOptions, Parameters
 
 
@@ -18,6 +30,7 @@ class ResultView(msgspec.Struct, frozen=True):
     sha256: str
     expires_at: datetime
     receipt: Receipt | None
+    upstream: UpstreamCall | None
 
 
 class EtaView(msgspec.Struct, frozen=True):

@@ -87,6 +87,7 @@ def result_message(result: Result) -> pb.JobResult:
         sha256=result.sha256,
         expire_time=_time(result.expires_at),
         receipt=None if result.receipt is None else _receipt(result.receipt),
+        upstream=None if result.upstream is None else pb.UpstreamCall(**msgspec.structs.asdict(result.upstream)),
     )
 
 

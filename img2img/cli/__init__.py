@@ -7,6 +7,7 @@ from img2img.cli.jobs import jobs
 from img2img.cli.keys import keys
 from img2img.cli.serve import gateway, worker
 from img2img.cli.up import demo, up
+from img2img.cli.upstream import upstream
 from img2img.cli.verify import verify
 from img2img.errors import Img2ImgError
 
@@ -36,5 +37,5 @@ def main() -> None:
     """Make pictures from pictures: run the service, or use one that runs."""
 
 
-for command in (up, gateway, worker, generate, jobs, verify, keys, demo):
+for command in (up, gateway, worker, generate, jobs, verify, upstream, keys, demo):
     main.add_command(command)

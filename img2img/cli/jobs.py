@@ -9,7 +9,7 @@ from img2img.cli.connection import connection_options, one_line_errors, take_con
 from img2img.cli.times import clock, likely
 
 if TYPE_CHECKING:
-    from img2img.client import AttemptInfo, Client, Event, Failure, JobInfo, Receipt
+    from img2img.client import AttemptInfo, Client, Event, Failure, JobInfo, Receipt, UpstreamCall
 
 STATES: Final = ("queued", "running", "succeeded", "failed", "canceled", "expired")
 MAX_PAGE: Final = 100
@@ -160,6 +160,7 @@ def _print_job(job: "JobInfo", as_json: bool) -> None:
         "executed by": job.executed_by,
         "timings": ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in job.timings.items()),
         "receipt": _receipt(job.result.receipt) if job.result and job.result.receipt else "",
+        "upstream": _upstream(job.result.upstream) if job.result and job.result.upstream else "",
         "warnings": "; ".join(job.warnings),
         "error": _failure(job.error) if job.error else "",
     }
@@ -174,12 +175,19 @@ def _receipt(receipt: "Receipt") -> str:
     """What made the picture, short: --json has all of it."""
     words = [
         f"pixels {receipt.pixels_sha256[:SHOWN_DIGITS]}",
-        f"{receipt.model} {receipt.revision[:SHOWN_DIGITS]}",
-        f"{receipt.steps} steps of {receipt.sampler}",
-        f"{receipt.precision} on {receipt.device}",
+        f"{receipt.model} {receipt.revision[:SHOWN_DIGITS]}".strip(),
+        f"{receipt.steps} steps of {receipt.sampler}" if receipt.sampler else f"{receipt.steps} steps",
+        f"{receipt.precision} on {receipt.device}" if receipt.precision else receipt.device,
     ]
     if receipt.rows is not None:
         words.append(f"reproducible, {receipt.rows} rows")
+    return ", ".join(words)
+
+
+def _upstream(call: "UpstreamCall") -> str:
+    words = [f"call {call.request_id or 'without an id'}", f"account {call.account}"]
+    if call.neurons is not None:
+        words.append(f"{call.neurons:g} neurons")
     return ", ".join(words)
 
 

@@ -70,6 +70,7 @@ def gateway(**given: Any) -> None:
 @queue
 @setting("--engine", type=click.Choice(ENGINES), help="What makes the pictures.")
 @setting("--model", metavar="M", help="Folder, .safetensors file or hub id of an SD 1.x model.")
+@setting("--upstream-url", metavar="URL", help="Where the engine cloudflare sends its calls.")
 @setting("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps …")
 @setting("--concurrency", type=click.IntRange(1), help="Jobs at a time.")
 @log_level

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from img2img.up import Supervisor, UpOptions
 
 MODEL_PATH: Final = "@cf/runwayml/stable-diffusion-v1-5-img2img"
-ENGINES: Final = ("auto", "diffusion", "fake")
+ENGINES: Final = ("auto", "diffusion", "cloudflare", "fake")
 READY: Final = """
 img2img is ready.
 
@@ -44,7 +44,7 @@ engine_option = click.option(
     envvar="IMG2IMG_ENGINE",
     default="auto",
     show_default=True,
-    help="What makes the pictures; auto is diffusion, fake needs no model.",
+    help="What makes the pictures; auto is diffusion, cloudflare calls Workers AI, fake needs no model.",
 )
 
 
@@ -53,6 +53,7 @@ engine_option = click.option(
     epilog="\b\nExamples:\n"
     "  img2img up\n"
     "  img2img up --engine fake --http-port 8080\n"
+    "  IMG2IMG_UPSTREAM_ACCOUNT=… IMG2IMG_UPSTREAM_TOKEN=… img2img up --engine cloudflare\n"
     "  img2img up --model ./my-model.safetensors --data-dir ./data",
 )
 @engine_option
@@ -61,6 +62,12 @@ engine_option = click.option(
     metavar="M",
     envvar="IMG2IMG_MODEL",
     help="Folder, .safetensors file or hub id of an SD 1.x model; without it the small bundled one.",
+)
+@click.option(
+    "--upstream",
+    metavar="URL",
+    envvar="IMG2IMG_UPSTREAM_URL",
+    help="Where the engine cloudflare sends its calls.  [default: https://api.cloudflare.com/client/v4]",
 )
 @click.option(
     "--http-port",
@@ -91,7 +98,7 @@ engine_option = click.option(
     show_default=True,
     help="Worker processes; each loads the model.",
 )
-def up(engine: str, model: str | None, http_port: int, grpc_port: int, data_dir: Path | None, workers: int) -> None:
+def up(data_dir: Path | None, **given: Any) -> None:
     """Run everything on this machine: queue server, gateway and workers.
 
     It listens on 127.0.0.1 only and needs no key. Ctrl-C stops it in order: running jobs get a few seconds to
@@ -101,11 +108,7 @@ def up(engine: str, model: str | None, http_port: int, grpc_port: int, data_dir:
 
     options = UpOptions(
         data_dir=(data_dir or default_data_dir()).absolute(),
-        engine=engine,
-        model=model,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        workers=workers,
+        **given,
     )
     _run(options, _serve)
 

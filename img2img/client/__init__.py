@@ -23,7 +23,7 @@ from img2img.client.values import (
     Violation,
 )
 from img2img.client.verification import Compared, Comparison, compare, repetition
-from img2img.jobs import Failure, JobState, PreviewPicture, Receipt
+from img2img.jobs import Failure, JobState, PreviewPicture, Receipt, UpstreamCall
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "RequestFields",
     "ResultInfo",
     "Sampler",
+    "UpstreamCall",
     "Violation",
     "compare",
     "repetition",

@@ -20,7 +20,7 @@ from img2img.client.values import (
     ResultInfo,
 )
 from img2img.images import PictureInfo
-from img2img.jobs import Failure, JobState, PreviewPicture, Receipt, Stage
+from img2img.jobs import Failure, JobState, PreviewPicture, Receipt, Stage, UpstreamCall
 from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
 from img2img.v1 import img2img_pb2 as pb
 
@@ -169,6 +169,7 @@ def _result(message: pb.JobResult) -> ResultInfo:
         sha256=message.sha256,
         expires_at=_time(message.expire_time),
         receipt=_receipt(message.receipt) if message.HasField("receipt") else None,
+        upstream=_upstream(message.upstream) if message.HasField("upstream") else None,
     )
 
 
@@ -185,6 +186,10 @@ def _receipt(message: pb.Receipt) -> Receipt:
         versions=dict(message.versions),
         **_present(message, "rows"),
     )
+
+
+def _upstream(message: pb.UpstreamCall) -> UpstreamCall:
+    return UpstreamCall(request_id=message.request_id, account=message.account, **_present(message, "neurons"))
 
 
 def _timings(timings: Mapping[str, float]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Required, TypedDict
 
 import msgspec
 
-from img2img.jobs import Failure, JobState, PreviewPicture, Receipt
+from img2img.jobs import Failure, JobState, PreviewPicture, Receipt, UpstreamCall
 from img2img.requests import JobOptions, Parameters
 
 
@@ -64,7 +64,10 @@ class RequestFields(TypedDict, total=False):
 
 
 class ResultInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the finished picture is, and what made it; it can be read until ``expires_at``."""
+    """What the finished picture is, and what made it; it can be read until ``expires_at``.
+
+    ``upstream`` is the call that made it, if another service did.
+    """
 
     media_type: str
     width: int
@@ -73,6 +76,7 @@ class ResultInfo(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     expires_at: datetime
     receipt: Receipt | None = None
+    upstream: UpstreamCall | None = None
 
 
 class EtaInfo(msgspec.Struct, frozen=True):

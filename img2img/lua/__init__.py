@@ -7,6 +7,9 @@ SHARED: Final = ("_keys", "_service", "_share", "_estimate", "_job", "_sweep")
 """Each builds on those before it."""
 LAST_NEEDED: Final = {
     "report": "_keys",
+    "sent": "_keys",
+    "upstream_admit": "_keys",
+    "upstream_settle": "_keys",
     "stats": "_service",
     "look": "_estimate",
     "checkpoint": "_job",

@@ -79,7 +79,7 @@ end
 local function finalize(id, state, outcome)
   local key, arq = job_key(id), arq_id(id)
   local job = redis.call('HMGET', key, 'keep', 'attempt', 'created', 'started', 'inputs', 'quarantined', 'queue', 'state',
-    'ms', 'account', 'units', 'checkpoint', 'preview')
+    'ms', 'account', 'units', 'checkpoint', 'preview', 'sent')
   local keep, queue = job[1], queue_named(job[7])
   redis.call('HSET', key, 'state', state, 'finished', int(NOW), 'outcome', outcome)
   if state == 'succeeded' then learn(queue, id) end
@@ -100,7 +100,9 @@ local function finalize(id, state, outcome)
   emit(id, state, outcome)
   redis.call('PEXPIRE', key, keep)
   redis.call('PEXPIRE', P .. 'events:' .. id, keep)
-  discard(job[5], job[6] and keep or 0)
+  -- These wait for somebody who decides whether to replay them.
+  local undecided = job[6] or (state == 'failed' and job[14] == 'fail')
+  discard(job[5], undecided and keep or 0)
   drop_checkpoint(id, job[12])
 end
 
@@ -151,7 +153,7 @@ local function requeue(id, delay, code, message)
   local running = redis.call('HMGET', key, 'ms', 'started', 'preview')
   leave_running(queue, id, running[1], running[2])
   strip_preview(id, running[3])
-  redis.call('HDEL', key, 'worker', 'running', 'fence')
+  redis.call('HDEL', key, 'worker', 'running', 'fence', 'sent')
   redis.call('HSET', key, 'state', 'queued')
   redis.call('DEL', 'arq:in-progress:' .. arq_id(id))
   enqueue(queue, id, job, NOW + delay, cjson.encode({ error = failure(code, message) }))
@@ -163,8 +165,13 @@ local function is_good(checkpoint_fence, fence, kind)
   return kind == 'interruptions' or (kind == 'crashes' and checkpoint_fence == fence)
 end
 
--- A claimed job whose attempt brought no result: again, unless it was told to stop, or its time or its attempts are up.
+local MAY_BE_BILLED = 'A call upstream was sent and its answer lost, so that it may have been billed'
+
+-- A claimed job whose attempt brought no result: again, unless it was told to stop, its time or its attempts are up, or
+-- it had sent a call that must not be billed twice.
 local function retry_or_end(id, kind, delay, code, message)
+  local sent = field(id, 'sent')
+  if sent then message = message .. '. ' .. MAY_BE_BILLED end
   local key, count = job_key(id), note_attempt(id, kind, code, message)
   local job = redis.call('HMGET', key, 'stop', 'expires', 'max_' .. kind, 'queue', 'fence', 'checkpoint',
     'checkpoint_fence')
@@ -175,6 +182,8 @@ local function retry_or_end(id, kind, delay, code, message)
     cancel(id, job[1])
   elseif NOW >= tonumber(job[2]) then
     expire(id, 'was done')
+  elseif sent == 'fail' then
+    finalize(id, 'failed', error_outcome('failed', 'upstream_unknown', MAY_BE_BILLED .. ': replay the job to run it again'))
   elseif not limit or count < limit then
     requeue(id, delay, code, message)
   elseif kind == 'crashes' then

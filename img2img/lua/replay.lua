@@ -7,7 +7,7 @@ local state = field(id, 'state')
 if state ~= 'failed' and state ~= 'canceled' and state ~= 'expired' then return state end
 if not keep_inputs(id) then return 'discarding' end
 local ttl = int(lifetime + field(id, 'keep'))
-redis.call('HDEL', key, 'outcome', 'finished', 'started', 'stop', 'running', 'worker', 'fence', 'quarantined', 'expected',
+redis.call('HDEL', key, 'outcome', 'finished', 'started', 'stop', 'running', 'worker', 'fence', 'quarantined', 'sent', 'expected',
   'failures', 'crashes', 'interruptions')
 redis.call('HSET', key, 'state', 'queued', 'expires', int(NOW + lifetime), 'score', int(NOW - field(id, 'boost')), 'since', int(NOW))
 local replays = redis.call('HINCRBY', key, 'replays', 1)

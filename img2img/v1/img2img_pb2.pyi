@@ -182,7 +182,7 @@ class Receipt(_message.Message):
     def __init__(self, pixels_sha256: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights: _Optional[_Mapping[str, str]] = ..., sampler: _Optional[str] = ..., steps: _Optional[int] = ..., rows: _Optional[int] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class JobResult(_message.Message):
-    __slots__ = ("media_type", "width", "height", "size_bytes", "sha256", "expire_time", "receipt")
+    __slots__ = ("media_type", "width", "height", "size_bytes", "sha256", "expire_time", "receipt", "upstream")
     MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +190,7 @@ class JobResult(_message.Message):
     SHA256_FIELD_NUMBER: _ClassVar[int]
     EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_FIELD_NUMBER: _ClassVar[int]
     media_type: str
     width: int
     height: int
@@ -197,7 +198,18 @@ class JobResult(_message.Message):
     sha256: str
     expire_time: _timestamp_pb2.Timestamp
     receipt: Receipt
-    def __init__(self, media_type: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
+    upstream: UpstreamCall
+    def __init__(self, media_type: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., upstream: _Optional[_Union[UpstreamCall, _Mapping]] = ...) -> None: ...
+
+class UpstreamCall(_message.Message):
+    __slots__ = ("request_id", "account", "neurons")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    NEURONS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    account: str
+    neurons: float
+    def __init__(self, request_id: _Optional[str] = ..., account: _Optional[str] = ..., neurons: _Optional[float] = ...) -> None: ...
 
 class Eta(_message.Message):
     __slots__ = ("p50", "p90")

@@ -1,13 +1,20 @@
-"""Models shared by the tests of the engines: the bundled one and tiny ones with 4 and 9 input channels."""
+"""What the tests of the engines share: the bundled model, tiny ones with 4 and 9 input channels, and an upstream."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from arq.connections import ArqRedis
 from PIL import Image
 from tiny_checkpoints import make_pipeline
+from upstream_helpers import TOKENS, opened
 
+from img2img.server import open_redis
+from tests.upstream.api import Api
+from tests.upstream.running import running_upstream
+from tests.upstream.server import Upstream
+from worker.engines.cloudflare import CloudflareEngine
 from worker.engines.diffusion.model import DiffusionModel, open_model
 
 DOG = Path(__file__).parents[2] / "examples" / "dog.png"
@@ -68,3 +75,28 @@ def _save_tiny(factory: pytest.TempPathFactory, in_channels: int) -> Path:
     folder = factory.mktemp(f"tiny-{in_channels}")
     make_pipeline(in_channels).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    with running_upstream(Api(TOKENS)) as running:
+        yield running
+
+
+@pytest.fixture
+def api(upstream: Upstream) -> Api:
+    upstream.api.reset()
+    return upstream.api
+
+
+@pytest.fixture
+async def redis(valkey_url: str) -> AsyncIterator[ArqRedis]:
+    async with open_redis(valkey_url) as connection:
+        await connection.flushall()
+        yield connection
+
+
+@pytest.fixture
+async def engine(valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis) -> AsyncIterator[CloudflareEngine]:
+    async with opened(valkey_url, upstream.url) as engine:
+        yield engine

@@ -2,7 +2,6 @@
 
 import hashlib
 import ssl
-import subprocess
 from pathlib import Path
 
 import httpx
@@ -11,22 +10,7 @@ import pytest
 from img2img.client import Client, ClientError
 from tests.stack import MODEL_PATH, Stack
 
-NEW_CERTIFICATE = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-FOR_LOOPBACK = ["-days", "1", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
 KEYS = {"acme": "key-of-acme", "umbrella": "key-of-umbrella"}
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1 and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    subprocess.run(
-        [*NEW_CERTIFICATE, *FOR_LOOPBACK, "-keyout", str(key), "-out", str(cert)],
-        check=True,
-        capture_output=True,
-    )
-    return cert, key
 
 
 def tenants_file(folder: Path) -> str:

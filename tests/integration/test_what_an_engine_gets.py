@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from img2img.jobs import JobState, Outcome
+from img2img.jobs import JobState, OnLost, Outcome, StopReason
 from img2img.settings import Settings
 from img2img.wiring import Parts, open_parts
 from tests.queue.calls import claim_one, submit
-from worker.engines.base import Checkpoint, Output, Pictures, Task
+from worker.engines.base import Answered, Checkpoint, Output, Pictures, Sent, Task
 from worker.engines.fake import FakeEngine
-from worker.runner import JobRunner, Stop
+from worker.runner import JobRunner, Lost, Stop
 
 
 class Recording(FakeEngine):
@@ -33,6 +33,35 @@ class Recording(FakeEngine):
         self.tasks.append(task)
         async for output in super().generate(task, pictures, resume, interrupt):
             yield output
+
+
+class Calling(FakeEngine):
+    """Says that it calls another service, twice, and looks each time at what is on record when it goes on."""
+
+    def __init__(self, parts: Parts, on_lost: OnLost) -> None:
+        super().__init__()
+        self._parts = parts
+        self._on_lost = on_lost
+        self.seen: list[bytes | None] = []
+
+    async def generate(
+        self,
+        task: Task,
+        pictures: Pictures,
+        resume: Checkpoint | None = None,
+        interrupt: asyncio.Event | None = None,
+    ) -> AsyncGenerator[Output]:
+        for word in (Sent(self._on_lost), Answered(), Sent(self._on_lost)):
+            yield word
+            self.seen.append(await self._recorded())
+        async for output in super().generate(task, pictures, resume, interrupt):
+            yield output
+
+    async def _recorded(self) -> bytes | None:
+        queue = self._parts.queue
+        (key,) = await queue.redis.keys(f"{queue.prefix}job:*")
+        found: bytes | None = await queue.redis.hget(key, "sent")
+        return found
 
 
 @pytest.fixture
@@ -66,3 +95,31 @@ async def test_the_deadline_on_its_own_clock(parts: Parts) -> None:
     after = time.monotonic()
 
     assert before + 1000.0 - (after - before) <= task.deadline <= after + 1000.0
+
+
+@pytest.mark.parametrize("on_lost", ["retry", "fail"])
+async def test_its_turn_only_when_its_call_is_on_record(parts: Parts, on_lost: OnLost) -> None:
+    """And off it, when it says that there is an answer."""
+    await submit(parts.queue)
+    engine = Calling(parts, on_lost)
+    await JobRunner(parts.queue, parts.blobs, engine, parts.settings, "w1").run(await claim_one(parts.queue), Stop())
+    assert engine.seen == [on_lost.encode(), None, on_lost.encode()]
+
+
+@pytest.mark.parametrize("why", [StopReason.USER, StopReason.LEASE_LOST])
+async def test_no_turn_for_a_call_of_a_job_that_is_to_stop(parts: Parts, why: StopReason) -> None:
+    """Canceled, or somebody else's by now: the engine is not asked for more."""
+    job_id = await submit(parts.queue)
+    claim = await claim_one(parts.queue)
+    if why is StopReason.USER:
+        await parts.queue.cancel(job_id)
+    else:
+        await parts.queue.redis.hset(f"{parts.queue.prefix}job:{job_id}", "fence", "1")
+    engine = Calling(parts, "retry")
+    decision = await JobRunner(parts.queue, parts.blobs, engine, parts.settings, "w1").run(claim, Stop())
+    assert engine.seen == []
+    if why is StopReason.USER:
+        assert isinstance(decision, Outcome)
+        assert decision.state == JobState.CANCELED
+    else:
+        assert isinstance(decision, Lost)

@@ -91,6 +91,13 @@ def test_worker_options_become_settings() -> None:
     assert "img2img worker: IMG2IMG_REDIS_URL: it must begin with redis://" in ended.stderr
 
 
+def test_a_worker_that_calls_an_upstream_needs_an_account() -> None:
+    ended = run("worker", "--engine", "cloudflare", "--upstream-url", "http://127.0.0.1:1/client/v4")
+    assert ended.returncode == 2
+    assert "set IMG2IMG_UPSTREAM_ACCOUNT and IMG2IMG_UPSTREAM_TOKEN" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(-3, "0 s"), (40.4, "40 s"), (119, "119 s"), (150.5, "3 min"), (3599, "60 min"), (3 * 3600, "3 h")],

@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
 from img2img.errors import InvalidRequest
-from img2img.jobs import JobState, Receipt, Stage
+from img2img.jobs import JobState, Receipt, Stage, UpstreamCall
 from img2img.requests import Img2ImgRequest, JobOptions, OutputFormat, Parameters, Sampler, build_request
 from img2img.schema import INPUT_SCHEMA
 from img2img.v1 import img2img_pb2
@@ -125,6 +125,12 @@ class TestProtobuf:
         fields = {field.name: field for field in MESSAGES["Receipt"].fields}
         assert set(fields) == {field.name for field in msgspec.structs.fields(Receipt)}
         optional = {field.name for field in msgspec.structs.fields(Receipt) if not field.required}
+        assert {name for name, field in fields.items() if field.has_presence} == optional
+
+    def test_an_upstream_call_has_the_same_fields_and_the_same_ones_can_be_absent(self) -> None:
+        fields = {field.name: field for field in MESSAGES["UpstreamCall"].fields}
+        assert set(fields) == {field.name for field in msgspec.structs.fields(UpstreamCall)}
+        optional = {field.name for field in msgspec.structs.fields(UpstreamCall) if not field.required}
         assert {name for name, field in fields.items() if field.has_presence} == optional
 
     def test_stages_go_as_text(self) -> None:

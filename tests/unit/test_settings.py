@@ -68,9 +68,17 @@ class TestRefusals:
             ({"tls_cert": "cert.pem"}, "IMG2IMG_TLS_CERT and IMG2IMG_TLS_KEY go together: set both or none"),
             ({"tls_key": "key.pem"}, "IMG2IMG_TLS_CERT and IMG2IMG_TLS_KEY go together: set both or none"),
             ({"job_retention": "60"}, "IMG2IMG_JOB_RETENTION must be at least IMG2IMG_RESULT_RETENTION"),
-            ({"engine": "magic"}, "IMG2IMG_ENGINE must be auto, diffusion or fake, not 'magic'"),
+            ({"engine": "magic"}, "IMG2IMG_ENGINE must be auto, diffusion, cloudflare or fake, not 'magic'"),
             ({"log_level": "verbose"}, "IMG2IMG_LOG_LEVEL must be debug, info, warning or error, not 'verbose'"),
             ({"log_format": "xml"}, "IMG2IMG_LOG_FORMAT must be auto, json or console, not 'xml'"),
+            ({"upstream_images": "raw"}, "IMG2IMG_UPSTREAM_IMAGES must be base64 or integers, not 'raw'"),
+            ({"upstream_on_lost": "hope"}, "IMG2IMG_UPSTREAM_ON_LOST must be retry or fail, not 'hope'"),
+            ({"upstream_url": "api.cloudflare.com"}, "IMG2IMG_UPSTREAM_URL must be an address such as"),
+            ({"upstream_url": "https://user@host/client"}, "IMG2IMG_UPSTREAM_URL must be an address such as"),
+            (
+                {"upstream_min_concurrency": "9", "upstream_max_concurrency": "8"},
+                "IMG2IMG_UPSTREAM_MAX_CONCURRENCY must be at least IMG2IMG_UPSTREAM_MIN_CONCURRENCY",
+            ),
             ({"drain_timeout": "inf"}, "IMG2IMG_DRAIN_TIMEOUT must be at most 3153600000 (100 years)"),
             ({"drain_timeout": "-1"}, "IMG2IMG_DRAIN_TIMEOUT must be 0 or above"),
             ({"retry_grace": "-20"}, "IMG2IMG_RETRY_GRACE must be 0 or above"),
@@ -89,6 +97,11 @@ class TestRefusals:
 
 
 class TestDerived:
+    def test_a_token_is_never_shown(self) -> None:
+        settings = read(upstream_token="s3cr3t", upstream_account="acme")
+        assert "s3cr3t" not in repr(settings)
+        assert "upstream_account='acme'" in repr(settings)
+
     @pytest.mark.parametrize(
         ("host", "expected"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)]
     )

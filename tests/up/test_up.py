@@ -15,6 +15,8 @@ from img2img.client import AsyncClient, Client, JobState
 from img2img.up import MAX_CRASHES, Pauses, ServiceFailed, Supervisor, UpOptions
 from tests.stack import eventually
 from tests.up.running import Terminal, Up, kill, run
+from tests.upstream.api import Api
+from tests.upstream.running import running_upstream
 
 PNG = b"\x89PNG"
 QUICK = Pauses(first=0.01, longest=0.02, steady=60.0)
@@ -74,6 +76,19 @@ def is_ready(up: Up) -> bool:
         return httpx.get(f"{up.http}/health/ready", trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
+
+
+def test_another_service_makes_the_pictures(tmp_path: Path) -> None:
+    """With an account and an address, and no model."""
+    account = {"IMG2IMG_UPSTREAM_ACCOUNT": "acme", "IMG2IMG_UPSTREAM_TOKEN": "secret"}
+    with (
+        running_upstream(Api({"acme": "secret"})) as upstream,
+        Up(tmp_path, "--engine", "cloudflare", "--upstream", upstream.url, **account) as up,
+    ):
+        assert make_picture(up).startswith(PNG)
+        text = up.text
+    assert [(call.account, call.status) for call in upstream.api.calls] == [("acme", 200)]
+    assert "secret" not in text
 
 
 def test_a_second_one_is_refused(up: Up) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol, Self
 import msgspec
 from PIL import Image as PillowImage
 
-from img2img.jobs import Receipt, Stage
+from img2img.jobs import OnLost, Receipt, Stage, UpstreamCall
 from img2img.requests import Sampler
 
 
@@ -93,14 +93,31 @@ class Checkpoint(msgspec.Struct, frozen=True):
     data: bytes
 
 
+class Sent(msgspec.Struct, frozen=True):
+    """A call to another service follows, which may be billed. It is on record before the engine is asked for more.
+
+    If the attempt ends without that call's answer, ``on_lost`` says what becomes of the job.
+    """
+
+    on_lost: OnLost
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """The last call that was ``Sent`` has an answer, which brought no picture: it is off the record again."""
+
+
 class Image(msgspec.Struct, frozen=True):
-    """The finished picture, 8-bit RGB, always the last item; ``receipt`` tells what made it."""
+    """The finished picture, 8-bit RGB, always the last item.
+
+    ``receipt`` tells what made it, ``upstream`` which call of another service did.
+    """
 
     picture: PillowImage.Image
     receipt: Receipt | None = None
+    upstream: UpstreamCall | None = None
 
 
-Output = Progress | Notice | Preview | Checkpoint | Image
+Output = Progress | Notice | Preview | Checkpoint | Sent | Answered | Image
 
 
 class Engine(Protocol):
@@ -139,6 +156,7 @@ class Engine(Protocol):
 
         Raises:
             ModelRefused: this input cannot work on this model; another attempt would fail too.
+            UpstreamBusy: another service takes no call now; the job waits in the queue, at no cost.
             EngineFailed: anything else that went wrong; another attempt may work.
         """
         ...

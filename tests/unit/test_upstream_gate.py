@@ -1,0 +1,172 @@
+"""How many calls go upstream at once, and when none do; by a clock of the test's own."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from worker.engines.cloudflare.gate import FIRST_LIMIT, AdaptiveLimit, Breaker, Gate, Signal, Turn
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+class TestLimit:
+    def test_it_grows_by_one_a_call_until_the_first_overload(self) -> None:
+        limit = AdaptiveLimit(1, 64)
+        for call in range(20):
+            assert limit.calls == FIRST_LIMIT + call
+            limit.done(call, call + 1, work=5, running=limit.calls)
+
+    def test_then_by_one_a_round(self) -> None:
+        limit = AdaptiveLimit(1, 64)
+        limit.overloaded(began=0, now=1)
+        calls = limit.calls
+        for _ in range(calls + 1):
+            limit.done(2, 3, work=5, running=calls)
+        assert limit.calls == calls + 1
+
+    def test_calls_that_were_under_way_together_shrink_it_once(self) -> None:
+        limit = AdaptiveLimit(1, 64)
+        for _ in range(8):
+            limit.overloaded(began=0, now=1)
+        assert limit.calls == 5
+        limit.overloaded(began=2, now=3)
+        assert limit.calls == 3
+
+    def test_it_stays_within_its_bounds(self) -> None:
+        limit = AdaptiveLimit(2, 10)
+        for call in range(100):
+            limit.done(call, call + 1, work=5, running=10)
+        assert limit.calls == 10
+        for call in range(100, 150):
+            limit.overloaded(call, call + 0.5)
+        assert limit.calls == 2
+
+    def test_a_limit_below_the_first_one_is_where_it_begins(self) -> None:
+        assert AdaptiveLimit(1, 3).calls == 3
+        assert AdaptiveLimit(20, 64).calls == 20
+
+    def test_what_is_not_made_use_of_does_not_grow(self) -> None:
+        limit = AdaptiveLimit(1, 64)
+        for call in range(20):
+            limit.done(call, call + 1, work=5, running=1)
+        assert limit.calls == FIRST_LIMIT
+
+    def test_a_call_that_takes_much_longer_than_usual_is_an_overload(self) -> None:
+        """For its work: twenty steps may take longer than one."""
+        limit = AdaptiveLimit(1, 64)
+        limit.done(0, 1, work=0, running=1)
+        limit.done(10, 15, work=20, running=1)
+        assert limit.calls == FIRST_LIMIT
+        limit.done(20, 24, work=0, running=1)
+        assert limit.calls < FIRST_LIMIT
+
+
+class TestBreaker:
+    def test_it_opens_after_so_many_failures_in_a_row(self, clock: Clock) -> None:
+        breaker = Breaker(3, clock)
+        for signal in (Signal.FAILED, Signal.FAILED, Signal.ANSWERED, Signal.FAILED, Signal.FAILED):
+            breaker.ended(signal, probe=False)
+        assert not breaker.is_open
+        breaker.ended(Signal.FAILED, probe=False)
+        assert breaker.is_open
+        assert breaker.pause() == 5.0
+
+    def test_then_one_call_tries_at_a_time_later_and_later(self, clock: Clock) -> None:
+        breaker = Breaker(1, clock)
+        breaker.ended(Signal.FAILED, probe=False)
+        for seconds in (5, 10, 20, 40, 60, 60):
+            assert breaker.pause() == seconds
+            clock.now += seconds
+            assert breaker.pause() == 0
+            assert breaker.begin()
+            assert breaker.pause() == float("inf")
+            breaker.ended(Signal.FAILED, probe=True)
+
+    @pytest.mark.parametrize("signal", [Signal.DONE, Signal.OVERLOADED, Signal.ANSWERED])
+    def test_any_answer_closes_it(self, clock: Clock, signal: Signal) -> None:
+        breaker = Breaker(1, clock)
+        breaker.ended(Signal.FAILED, probe=False)
+        clock.now = 5.0
+        breaker.ended(signal, probe=breaker.begin())
+        assert not breaker.is_open
+        assert not breaker.begin()
+
+    def test_a_try_that_was_given_up_leaves_it_to_the_next(self, clock: Clock) -> None:
+        breaker = Breaker(1, clock)
+        breaker.ended(Signal.FAILED, probe=False)
+        clock.now = 5.0
+        breaker.ended(Signal.GIVEN_UP, probe=breaker.begin())
+        assert breaker.is_open
+        assert breaker.pause() == 0
+
+    def test_calls_that_were_under_way_when_it_opened_do_not_keep_it_open_for_longer(self, clock: Clock) -> None:
+        breaker = Breaker(2, clock)
+        for _ in range(2):
+            breaker.ended(Signal.FAILED, probe=False)
+        clock.now = 4.0
+        breaker.ended(Signal.FAILED, probe=False)
+        assert breaker.pause() == 1.0
+
+
+@contextmanager
+def taken(turn: Turn) -> Iterator[asyncio.Task[None]]:
+    """The turn, asked for in a task that has come as far as it can."""
+    with turn:
+        task = asyncio.create_task(turn.take())
+        yield task
+        task.cancel()
+
+
+async def come_round() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+class TestTurns:
+    async def test_as_many_are_taken_as_the_limit_says(self) -> None:
+        gate = Gate(1, 2, 5)
+        with ExitStack() as turns, taken(gate.turn()) as waiting:
+            for _ in range(2):
+                await turns.enter_context(gate.turn()).take()
+            await come_round()
+            assert not waiting.done()
+            turns.close()
+            await waiting
+            assert gate.running == 1
+        assert gate.running == 0
+
+    async def test_one_that_was_not_taken_gives_nothing_back(self) -> None:
+        gate = Gate(1, 2, 5)
+        with gate.turn():
+            pass
+        assert gate.running == 0
+
+    async def test_an_open_breaker_lets_one_try(self, clock: Clock) -> None:
+        """Its answer lets the others go."""
+        gate = Gate(1, 8, 1, clock)
+        with gate.turn() as turn:
+            await turn.take()
+            turn.ended(Signal.FAILED)
+        clock.now = 5.0
+        with ExitStack() as stack:
+            first = stack.enter_context(gate.turn())
+            await first.take()
+            with taken(gate.turn()) as second:
+                await come_round()
+                assert not second.done()
+                first.ended(Signal.DONE)
+                stack.close()
+                await second
