@@ -1,4 +1,4 @@
-"""The jobs of bench/engine.py, and when they arrive: the same ones for every system."""
+"""The jobs of bench/engine.py, and when they arrive: the same for every system."""
 
 import random
 from collections.abc import Mapping
