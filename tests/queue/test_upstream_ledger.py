@@ -47,7 +47,7 @@ async def test_exactly_as_many_calls_pass_as_may(redis: ArqRedis, account: int, 
 
 
 async def test_who_has_to_wait_is_told_for_how_long(redis: ArqRedis) -> None:
-    """Until the oldest call has left its window: a minute for the account's, five for the token's, and a second each."""
+    """Until the oldest call has left its window: a minute for the account's, five for the token's, and a second."""
     ledger = ledger_of(redis, account=1)
     await admitted(ledger, FIRST, calls=1)
     pause = await waiting(ledger, FIRST)
