@@ -4,11 +4,12 @@ from typing import Any
 
 from tests.stack import Stack, eventually, submit
 
-SIZE: dict[str, Any] = {"width": 512, "height": 512}
+LONG: dict[str, Any] = {"width": 384, "height": 384, "num_steps": 20}
+"""Each takes long enough for all of them to be seen at work."""
 JOBS: tuple[dict[str, Any], ...] = (
-    {"prompt": "a lion", "num_steps": 6, "seed": 1, **SIZE},
-    {"prompt": "a rocket", "num_steps": 6, "seed": 2, "guidance": 1.0, **SIZE, "options": {"sampler": "ddim"}},
-    {"prompt": "a panda", "num_steps": 5, "seed": 3, **SIZE, "options": {"sampler": "euler_a", "priority": 5}},
+    {"prompt": "a lion", "seed": 1, **LONG},
+    {"prompt": "a rocket", "seed": 2, "guidance": 1.0, **LONG, "options": {"sampler": "ddim"}},
+    {"prompt": "a panda", "seed": 3, **LONG, "options": {"sampler": "euler_a", "priority": 5}},
 )
 
 

@@ -3,8 +3,8 @@
 Jobs of one size share a pass through the network, the most pressed first, up to as many rows as the size allows.
 Sizes take turns by *deficit round-robin* (Shreedhar, Varghese 1996) in measured seconds, so that a small size is not
 held up by a large one for longer than one of the large one's steps; whoever would miss its deadline by waiting goes
-before them all. Jobs that must be reproducible run in passes of a fixed number of rows, which others of their size
-may fill up.
+before them all. Jobs that must be reproducible run in the first rows of passes of a fixed number of rows, which others
+of their size may fill up.
 """
 
 import math
@@ -36,13 +36,15 @@ class Entry:
 class Limits(NamedTuple):
     """``max_rows`` of a pass at ``native_pixels``, fewer for larger pictures; ``fixed_rows`` of reproducible passes.
 
-    With ``padded`` passes are filled up to the next of ``BUCKETS``.
+    With ``padded`` passes are filled up to the next of ``BUCKETS``. With ``any_place`` a row's bits do not depend on
+    its place in a pass, so that reproducible jobs may share one; else each has the first rows of its own.
     """
 
     max_rows: int
     native_pixels: int
     fixed_rows: int = 4
     padded: bool = False
+    any_place: bool = False
 
 
 class Pass(NamedTuple):
@@ -171,8 +173,8 @@ class Batcher:
         return Pass(turn.size, tuple(entries), padded)
 
     def _reproducible(self, turn: Turn) -> Pass:
-        rows = self._limits.fixed_rows
-        entries = _fitting(self._queues[turn].entries, rows)
+        rows, entries = self._limits.fixed_rows, self._queues[turn].entries
+        entries = _fitting(entries if self._limits.any_place else entries[:1], rows)
         others = self._queues.get(Turn(turn.size, reproducible=False))
         if others is not None:
             entries += _fitting(others.entries, rows - sum(entry.rows for entry in entries))

@@ -16,7 +16,7 @@ from worker.engines.diffusion.batcher import GUIDED_ROWS, Limits
 from worker.engines.diffusion.lane import Intervals, Lane, Order
 from worker.engines.diffusion.model import DiffusionModel, open_model, resolve_devices
 from worker.engines.diffusion.previews import PreviewMap
-from worker.engines.diffusion.warmup import warm_up
+from worker.engines.diffusion.warmup import places_agree, warm_up
 
 NAME: Final = "diffusion"
 log = structlog.get_logger(__name__)
@@ -142,6 +142,9 @@ class DiffusionEngine:
         with torch.inference_mode():
             previews = PreviewMap(model)
             warm_up(model, limits)
+            # Not worth a look on a CPU, where a guided job fills a reproducible pass by itself.
+            if device.type == "cuda":
+                limits = limits._replace(any_place=places_agree(model, limits.fixed_rows))
         return Lane(model, limits, options.intervals, previews)
 
     def _opened(self) -> list[Lane]:

@@ -2,9 +2,9 @@
 
 Rows do not see each other, so that jobs of any sampler, step and strength, with or without guidance or a mask, share
 a pass. A guided job has two rows (without its prompt, and with it), an unguided one has one. Bit for bit a row
-depends only on how many rows there are, which ``rows`` can fix; the arithmetic around the network is made of single
-operations, each correctly rounded, whose results depend on nothing but their element (a fused multiply-add may not be
-one everywhere).
+depends only on how many rows there are, which ``rows`` can fix, and where it stands; the arithmetic around the
+network is made of single operations, each correctly rounded, whose results depend on nothing but their element (a
+fused multiply-add may not be one everywhere).
 """
 
 from collections.abc import Sequence
