@@ -22,8 +22,8 @@ NAME: Final = "diffusion"
 log = structlog.get_logger(__name__)
 CUDA_ROWS, CUDA_FIXED_ROWS = 32, 8
 CPU_ROWS, CPU_FIXED_ROWS = 8, 2
-"""On a CPU a pass of a small network takes less time than its rows one by one: with the bundled model 29 ms a row of
-eight, 34 of two, 42 of one. Rows that only fill up a reproducible pass cost as much as any."""
+"""On a CPU a pass of a small network takes less time than its rows one by one: with the bundled model 26 ms of a core a
+row of eight, 33 of two, 45 of one. Rows that only fill up a reproducible pass cost as much as any."""
 LARGE_CPU_ROWS: Final = 4
 """A large network fills a CPU with few rows, and more would only make each other wait."""
 
