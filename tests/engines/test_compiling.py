@@ -5,12 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-from worker.engines.diffusion.compiling import VARIABLE, compile_unet
-
-SCRIPT = """
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+PREDICTS_THE_SAME = """
 import sys
 import torch
 from worker.engines.diffusion.model import open_model
@@ -22,21 +18,28 @@ with torch.inference_mode():
     )
 torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
 """
+TELLS_THE_FOLDER = """
+import os
+import torch
+from worker.engines.diffusion.compiling import VARIABLE, compile_unet
+
+compile_unet(torch.nn.Identity())
+print(os.environ[VARIABLE])
+"""
 
 
-def run(model: Path, **environment: str) -> None:
+def run(script: str, *arguments: Path, **environment: str) -> str:
     plain = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    subprocess.run([sys.executable, "-c", SCRIPT, model], env=plain | environment, check=True, timeout=150)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    ended = subprocess.run(command, env=plain | environment, check=True, timeout=150, stdout=subprocess.PIPE, text=True)
+    return ended.stdout.strip()
 
 
 def test_it_predicts_the_same_and_keeps_what_was_compiled(tiny_4_channel_folder: Path, tmp_path: Path) -> None:
-    run(tiny_4_channel_folder, XDG_CACHE_HOME=str(tmp_path))
+    run(PREDICTS_THE_SAME, tiny_4_channel_folder, XDG_CACHE_HOME=str(tmp_path))
 
     assert list((tmp_path / "img2img" / "inductor").rglob("*.so"))
 
 
-def test_a_folder_of_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
-    compile_unet(torch.nn.Identity())
-
-    assert os.environ[VARIABLE] == str(tmp_path)
+def test_a_folder_of_the_users_choice(tmp_path: Path) -> None:
+    assert run(TELLS_THE_FOLDER, **{VARIABLE: str(tmp_path)}) == str(tmp_path)
