@@ -46,6 +46,13 @@ class Task(msgspec.Struct, frozen=True):
     deadline: float = math.inf
 
 
+def steps_of(task: Task, pictures: Pictures) -> int:
+    """As many steps as image-to-image takes: the last ``num_steps * strength``, at least one."""
+    if pictures.image is None:
+        return task.num_steps
+    return max(1, min(int(task.num_steps * task.strength), task.num_steps))
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """What an opened engine is: ``name`` for records, ``native_size`` in pixels (width, height).
 

@@ -34,7 +34,7 @@ from PIL import Image as PillowImage
 from img2img.errors import EngineFailed, ModelRefused
 from img2img.jobs import Receipt, Stage
 from img2img.requests import Sampler
-from worker.engines.base import Checkpoint, EngineInfo, Image, Output, Pictures, Preview, Progress, Task
+from worker.engines.base import Checkpoint, EngineInfo, Image, Output, Pictures, Preview, Progress, Task, steps_of
 from worker.engines.receipts import package_versions, pixels_digest
 
 INFO: Final = EngineInfo("fake", "fake", "cpu", (256, 256))
@@ -100,7 +100,7 @@ class FakeEngine:
         yield Progress(Stage.ENCODE_TEXT)
         if pictures.image is not None:
             yield Progress(Stage.ENCODE_IMAGE)
-        steps = _steps(task, pictures)
+        steps = steps_of(task, pictures)
         done = 0 if resume is None else await asyncio.to_thread(_steps_done, resume, task, pictures)
         async with aclosing(self._take_steps(task, pictures, done, steps, interrupt)) as outputs:
             async for output in outputs:
@@ -215,13 +215,6 @@ def _steps_done(checkpoint: Checkpoint, task: Task, pictures: Pictures) -> int:
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return 0
     return state.step if state.task == _identity(task, pictures) else 0
-
-
-def _steps(task: Task, pictures: Pictures) -> int:
-    """As many steps as image-to-image takes: the last ``num_steps * strength``, at least one."""
-    if pictures.image is None:
-        return task.num_steps
-    return max(1, min(int(task.num_steps * task.strength), task.num_steps))
 
 
 def _pattern(task: Task, pixels: bytes) -> PillowImage.Image:

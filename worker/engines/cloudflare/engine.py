@@ -39,6 +39,7 @@ from worker.engines.base import (
     Progress,
     Sent,
     Task,
+    steps_of,
 )
 from worker.engines.cloudflare.accounts import Account
 from worker.engines.cloudflare.bodies import ImageForm, encode_body
@@ -345,14 +346,13 @@ async def _read(answer: Answer, size: tuple[int, int]) -> Called:
 
 
 def _finish(called: Called, picture: PillowImage.Image, account: Account, task: Task, pictures: Pictures) -> Image:
-    steps = task.num_steps if pictures.image is None else max(1, int(task.num_steps * task.strength))
     receipt = Receipt(
         pixels_sha256=pixels_digest(picture),
         model=MODEL,
         revision="",
         weights={},
         sampler="",
-        steps=steps,
+        steps=steps_of(task, pictures),
         precision="",
         device=DEVICE,
         versions={},
