@@ -2,7 +2,8 @@
 
     Img2ImgError                      internal
     ├── InvalidRequest                invalid_request       a field breaks the contract
-    │   └── InvalidImage              invalid_image         the bytes are no picture we take
+    │   ├── InvalidImage              invalid_image         the bytes are no picture we take
+    │   └── Unsupported               unsupported           no pool here can do what the field asks for
     ├── MalformedBody                 malformed_body        the body cannot be parsed at all
     ├── MissingBody                   missing_body
     ├── RequestTooLarge               request_too_large
@@ -13,6 +14,7 @@
     │   ├── JobNotFound               job_not_found
     │   └── ModelNotFound             model_not_found
     │       └── ModelNameInvalid      model_name_invalid
+    ├── ResidencyConflict             residency             only pools outside could run it, and the tenant stays local
     ├── IdempotencyConflict           idempotency_conflict  same key, another body
     ├── NotReplayable                 not_replayable        the job succeeded, or its input is gone
     ├── ResultNotReady                result_not_ready
@@ -22,7 +24,8 @@
     │   ├── Congested                 -                     too much waits; says for how long
     │   │   ├── QueueFull             queue_full            as many jobs wait as may
     │   │   │   └── AccountQueueFull  account_queue_full    as many of this account's
-    │   │   └── DeadlineUnreachable   deadline_unreachable  the job would end `expired`
+    │   │   ├── DeadlineUnreachable   deadline_unreachable  the job would end `expired`
+    │   │   └── SpendCapReached       spend_cap_reached     what may be spent today is spent
     │   ├── TooManyBytesInFlight      too_many_bytes_in_flight
     │   ├── Unavailable               unavailable           the queue server cannot be reached
     │   └── WaitTimeout               wait_timeout          not finished within the wait
@@ -77,6 +80,12 @@ class InvalidImage(InvalidRequest):
     code = "invalid_image"
 
 
+class Unsupported(InvalidRequest):
+    """No pool that the job could go to can do what ``field`` asks for."""
+
+    code = "unsupported"
+
+
 class MalformedBody(Img2ImgError):
     """The body is not what its form says: broken JSON, multipart or base64."""
 
@@ -122,6 +131,12 @@ class ModelNotFound(NotFound):
 
 class ModelNameInvalid(ModelNotFound):
     code = "model_name_invalid"
+
+
+class ResidencyConflict(Img2ImgError):
+    """The tenant's pictures stay here, and only pools outside could make this one."""
+
+    code = "residency"
 
 
 class IdempotencyConflict(Img2ImgError):
@@ -179,6 +194,12 @@ class DeadlineUnreachable(Congested):
     """The job would end `expired`: sooner said than waited for."""
 
     code = "deadline_unreachable"
+
+
+class SpendCapReached(Congested):
+    """Only pools that cost money could run the job, and what may be spent on this day is spent."""
+
+    code = "spend_cap_reached"
 
 
 class TooManyBytesInFlight(Retryable):

@@ -78,6 +78,7 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     not_before: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     reproducible: bool = False
     previews: bool = False
+    model: str | None = None
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):

@@ -52,6 +52,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     redis_url: str = "redis://127.0.0.1:6379/0"
     blobs: str = "redis"
     queue: str = "default"
+    pools_file: Path | None = None
 
     # Front ends
     host: str = "127.0.0.1"
