@@ -21,8 +21,8 @@ import msgspec
 from img2img.errors import InvalidRequest
 from img2img.images import PictureInfo, PictureLimits, probe
 from img2img.schema import INPUT_SCHEMA, validate
+from img2img.sizes import SIZE_MULTIPLE
 
-SIZE_MULTIPLE: Final = 8
 MAX_SEED: Final = 2**64 - 1
 MAX_GUIDANCE: Final = 50.0
 MAX_NOTED: Final = 5
