@@ -42,7 +42,8 @@ class Lifetime(msgspec.Struct, frozen=True):
 class Share(msgspec.Struct, frozen=True):
     """What an account is entitled to: ``weight`` of the workers' time, ``max_queued`` waiting jobs (0: no limit).
 
-    ``local_only``: its pictures are not made outside. ``spend_per_day`` takes the place of a pool's own cap for tenants.
+    ``local_only``: its pictures are not made outside. ``spend_per_day`` takes the place of a pool's own cap for
+    tenants.
     """
 
     weight: float = 1.0
@@ -54,8 +55,8 @@ class Share(msgspec.Struct, frozen=True):
 class Candidate(msgspec.Struct, frozen=True):
     """A pool that a job may go to. Times in ms, amounts in millionths; None: no such limit.
 
-    ``max_wait`` is how long a job may wait there before it had better go elsewhere, ``start`` how long a first worker takes
-    to come up. A call costs ``price``; ``cap`` is for all tenants together, ``tenant_cap`` for the job's own.
+    ``max_wait`` is how long a job may wait there before it had better go elsewhere, ``start`` how long a first worker
+    takes to come up. A call costs ``price``; ``cap`` is for all tenants together, ``tenant_cap`` for the job's own.
     """
 
     name: str
