@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import msgspec
 
-from img2img.errors import AccountQueueFull, Congested, DeadlineUnreachable, QueueFull
+from img2img.errors import AccountQueueFull, Congested, DeadlineUnreachable, QueueFull, SpendCapReached
 from img2img.jobs import (
     Eta,
     Job,
@@ -109,6 +109,10 @@ def read_discard(word: str) -> Discard:
 
 def read_refusal(why: str, pause: float, eta: float | None) -> Congested:
     """Why ``submit.lua`` takes no job now; ``pause`` and ``eta`` are in seconds."""
+    if why == "spend":
+        return SpendCapReached(
+            "What this account may spend today is spent: try again after 00:00 UTC, or ask for a higher cap", pause
+        )
     likely = "" if eta is None else f"; a job queued now would be done in about {eta:.0f} s"
     if why == "late":
         return DeadlineUnreachable(
