@@ -51,7 +51,7 @@ class JobsController(Controller):
         status_code=202,
         responses={
             200: ResponseSpec(JobView, description="The job, which has ended already"),
-            **problems(400, 401, 409, 413, 429, 503),
+            **problems(400, 401, 403, 404, 409, 413, 429, 503),
         },
     )
     async def create(self, request: AnyRequest, front: FrontDependency) -> Response[JobView]:

@@ -154,6 +154,7 @@ def _options(options: JobOptions) -> pb.JobOptions:
         not_before=options.not_before,
         reproducible=options.reproducible,
         previews=options.previews,
+        model=options.model,
     )
 
 

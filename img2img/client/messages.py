@@ -29,7 +29,7 @@ LONGEST_PAUSE: Final = 5.0
 FIRST_TRIES: Final = 4
 RESUME_TRIES: Final = 8
 PLAIN_OPTIONS: Final = (
-    "priority", "deadline_seconds", "output_quality", "reject_if_busy", "reproducible", "previews",
+    "priority", "deadline_seconds", "output_quality", "reject_if_busy", "reproducible", "previews", "model",
 )  # fmt: skip
 RESUMED: Final = frozenset({"unavailable", "cancelled"})  # what a gateway's restart does to a stream
 
@@ -71,6 +71,7 @@ def _options_message(options: JobOptions | None) -> pb.JobOptions | None:
         not_before=options.not_before,
         reproducible=options.reproducible,
         previews=options.previews,
+        model=options.model,
     )
 
 

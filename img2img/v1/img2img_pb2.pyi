@@ -78,7 +78,7 @@ class Img2ImgRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., image: _Optional[bytes] = ..., image_b64: _Optional[str] = ..., mask: _Optional[bytes] = ..., num_steps: _Optional[int] = ..., strength: _Optional[float] = ..., guidance: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class JobOptions(_message.Message):
-    __slots__ = ("priority", "deadline_seconds", "sampler", "output_format", "output_quality", "reject_if_busy", "not_before", "reproducible", "previews")
+    __slots__ = ("priority", "deadline_seconds", "sampler", "output_format", "output_quality", "reject_if_busy", "not_before", "reproducible", "previews", "model")
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +88,7 @@ class JobOptions(_message.Message):
     NOT_BEFORE_FIELD_NUMBER: _ClassVar[int]
     REPRODUCIBLE_FIELD_NUMBER: _ClassVar[int]
     PREVIEWS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     priority: int
     deadline_seconds: float
     sampler: Sampler
@@ -97,7 +98,8 @@ class JobOptions(_message.Message):
     not_before: _timestamp_pb2.Timestamp
     reproducible: bool
     previews: bool
-    def __init__(self, priority: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., sampler: _Optional[_Union[Sampler, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_quality: _Optional[int] = ..., reject_if_busy: bool = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., reproducible: bool = ..., previews: bool = ...) -> None: ...
+    model: str
+    def __init__(self, priority: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., sampler: _Optional[_Union[Sampler, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_quality: _Optional[int] = ..., reject_if_busy: bool = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., reproducible: bool = ..., previews: bool = ..., model: _Optional[str] = ...) -> None: ...
 
 class PictureInfo(_message.Message):
     __slots__ = ("format", "width", "height", "size_bytes", "sha256")
