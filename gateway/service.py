@@ -31,6 +31,7 @@ from img2img.errors import (
 )
 from img2img.events import READ_LIMIT, EventHub
 from img2img.jobs import Job, JobEvent, JobSpec, JobState, Outcome, Result, StopReason
+from img2img.pools import Pools
 from img2img.queue import JobQueue
 from img2img.queue_types import INPUT_BLOB, Join, Lifetime, Page, QueueStats, Submitted, Waiter
 from img2img.requests import CheckedRequest, build_request, draw_seed
@@ -81,7 +82,14 @@ class JobService:
         self._hub = hub
         self._tenants = tenants
         self._batches = BatchStore(parts.queue)
+        pools_file = parts.settings.pools_file
+        self._models = () if pools_file is None else Pools.load(pools_file).models
         self.draining = False
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of models that a request may ask for."""
+        return self._models
 
     def drain(self) -> None:
         """Let go of everybody who only watches; calls that create something are finished."""
