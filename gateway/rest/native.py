@@ -143,7 +143,7 @@ class JobsController(Controller):
         account = front.authenticate(request)
         return job_view(await front.service.cancel(account, job_id))
 
-    @post("/jobs/{job_id:str}/replay", status_code=200, responses=problems(400, 401, 404, 409, 503))
+    @post("/jobs/{job_id:str}/replay", status_code=200, responses=problems(400, 401, 404, 409, 429, 503))
     async def replay(self, request: AnyRequest, front: FrontDependency, job_id: JobId) -> JobView:
         """Run a failed, canceled or expired job again under its id; one that is queued or runs goes on as it is."""
         account = front.authenticate(request)

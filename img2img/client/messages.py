@@ -16,6 +16,7 @@ from img2img.client.values import (
     Event,
     JobInfo,
     JobPage,
+    MoveInfo,
     RequestFields,
     ResultInfo,
 )
@@ -92,6 +93,7 @@ def job_info(job: pb.Job) -> JobInfo:
         started_at=_time(job.start_time) if job.HasField("start_time") else None,
         finished_at=_time(job.finish_time) if job.HasField("finish_time") else None,
         executed_by=job.executed_by,
+        pool=job.pool,
         eta=EtaInfo(_time(job.eta.p50), _time(job.eta.p90)) if job.HasField("eta") else None,
         timings=_timings(job.timings),
         failures=job.failures,
@@ -118,7 +120,8 @@ def event(message: pb.WatchJobResponse) -> Event:
         steps=message.steps,
         error=_failure(message.error) if message.HasField("error") else None,
         preview=_preview(message.preview) if message.HasField("preview") else None,
-        **_present(message, "replays"),
+        moved=MoveInfo(message.moved.from_pool, message.moved.why) if message.HasField("moved") else None,
+        **_present(message, "replays", "pool"),
     )
 
 
