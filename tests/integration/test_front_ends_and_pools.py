@@ -140,6 +140,7 @@ def test_what_no_pool_can_do_is_refused_with_its_field(gateway: Gateway, way: st
     }
     kind = {"form": "native", "batch": "cloudflare", "generate": "create"}.get(way, way)
     assert (refusal.status, refusal.field, refusal.number) == expected[kind]
+    assert ("request 0" in refusal.reason) == (way == "batch")
 
 
 @pytest.mark.parametrize("way", ["native", "form", "create", "generate"])
