@@ -189,6 +189,7 @@ class Supervisor:
     def __init__(self, options: UpOptions, report: Report, commands: Mapping[str, Sequence[str]] = COMMANDS) -> None:
         self.options = options
         self.settings = Settings()
+        self.redis_url = ""
         self.is_stopping = False
         self._report = report
         self._commands = commands
@@ -197,7 +198,6 @@ class Supervisor:
         self._gateway: Service | None = None
         self._workers: list[Service] = []
         self._pools: Sequence[Pool] = ()
-        self._redis_url = ""
 
     async def __aenter__(self) -> Self:
         """Lock the data folder, check the ports, then start Valkey, the gateway and the workers.
@@ -232,7 +232,7 @@ class Supervisor:
         async with (
             # trust_env: a proxy in the environment is not for our own loopback.
             httpx.AsyncClient(base_url=self.options.http_url, trust_env=False) as http,
-            open_redis(self._redis_url) as redis,
+            open_redis(self.redis_url) as redis,
         ):
             queues = [JobQueue(redis, pool.name) for pool in self._pools]
             while True:
@@ -291,7 +291,7 @@ class Supervisor:
         await self._resources.enter_async_context(valkey)
         self._valkey = Service("valkey", valkey.start, valkey.tail, STOP_GRACE, self._report, SERVER_PAUSES)
         self._valkey.adopt(valkey.process)
-        environment["IMG2IMG_REDIS_URL"] = self._redis_url = valkey.url
+        environment["IMG2IMG_REDIS_URL"] = self.redis_url = valkey.url
 
         self._report.waiting("the gateway")
         self._gateway = self._service("gateway", "gateway", environment, grace)

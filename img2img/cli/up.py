@@ -22,6 +22,7 @@ img2img is ready.
   gRPC         127.0.0.1:{grpc_port}
   API docs     {url}/schema
   Data         {data_dir}
+  Queue        {redis_url}     --redis-url of `img2img pools` and `img2img upstream`
 
 Try it:
 
@@ -181,6 +182,7 @@ def ready_text(supervisor: "Supervisor") -> str:
         url=options.http_url,
         grpc_port=options.grpc_port,
         data_dir=options.data_dir,
+        redis_url=supervisor.redis_url,
         account="YOUR_ACCOUNT" if keys else "local",
         whose=f"keys as in {supervisor.settings.tenants_file}" if keys else 'account "local", any token or none',
         key=' -H "Authorization: Bearer $IMG2IMG_KEY"' if keys else "",

@@ -1,5 +1,7 @@
 """``img2img up --pools``: one gateway, and workers of every pool of the file."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,10 @@ def environments(up: Up) -> dict[str, dict[str, str]]:
 
 
 def test_every_pool_has_a_worker(tmp_path: Path) -> None:
-    """It is ready with all of them, names each in the log, and tells the upstream to those alone that call it."""
+    """It is ready with all of them, names each in the log, and tells the upstream to those alone that call it.
+
+    The queue server that it names is the one to ask what they do.
+    """
     pools = pools_file(tmp_path, cpu="fake", burst="cloudflare")
     with (
         running_upstream(Api({"acme": "secret"})) as upstream,
@@ -59,6 +64,10 @@ def test_every_pool_has_a_worker(tmp_path: Path) -> None:
         assert picture.data.startswith(PNG)
         assert picture.job.executed_by.startswith("fake/")
         assert upstream.api.calls == []
+        queue = re.search(r"Queue +(unix:\S+)", up.text)
+        assert queue, up.text
+        shown = run("pools", "--json", "--redis-url", queue[1], "--pools-file", str(pools))
+        assert [json.loads(line)["workers"] for line in shown.stdout.splitlines()] == [1, 1], shown.stderr
 
 
 def test_several_workers_of_each_pool(tmp_path: Path) -> None:
