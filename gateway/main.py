@@ -17,6 +17,7 @@ from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from gateway.budget import Budgets
 from gateway.drain import Drain
 from gateway.rest.app import build_app
+from gateway.routing import open_router
 from gateway.rpc.server import open_server
 from gateway.service import JobService
 from gateway.tenants import Tenants
@@ -101,14 +102,14 @@ async def serve(settings: Settings) -> None:
     Shutdown order: readiness off and watchers let go; at once no new calls on either port, and those in flight
     finished, or answered that they should be sent again, within one drain limit; upkeep; hub; queue and blobs.
     """
-    tenants = load_tenants(settings)
+    tenants, router = load_tenants(settings), open_router(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     async with open_parts(settings) as parts, EventHub(parts.queue) as hub:
         # Not before: a gateway that still waits for its server has nothing to drain, and ends at once.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        service = JobService(parts, hub, tenants)
+        service = JobService(parts, hub, tenants, router)
         budgets, drain = Budgets(settings.max_body_bytes_in_flight), Drain(parts.queue, settings)
         http = http_server(build_app(service, tenants, settings, budgets, drain), settings)
         with bind_http(settings) as listener:
@@ -116,9 +117,10 @@ async def serve(settings: Settings) -> None:
                 open_server(service, tenants, settings, budgets, drain) as grpc_server,
                 asyncio.TaskGroup() as group,
             ):
-                upkeep = group.create_task(
-                    run_upkeep(parts.queue, parts.blobs, settings.input_retention), name="upkeep"
-                )
+                upkeeps = [
+                    group.create_task(run_upkeep(queue, parts.blobs, settings.input_retention), name=f"upkeep {name}")
+                    for name, queue in service.queues.items()
+                ]
                 serving = group.create_task(http.serve(sockets=[listener]), name="http")
                 grpc_server.set_serving(True)
                 http_port = listener.getsockname()[1]
@@ -128,7 +130,8 @@ async def serve(settings: Settings) -> None:
                 drain.begin()
                 http.should_exit = True
                 await asyncio.gather(serving, grpc_server.stop())
-                upkeep.cancel()
+                for upkeep in upkeeps:
+                    upkeep.cancel()
     log.info("gateway_stopped")
 
 

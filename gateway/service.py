@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from gateway.attendance import Attendance, end_of, waiting
+from gateway.routing import Router
 from gateway.tenants import Tenants
 from img2img import telemetry
 from img2img.batches import BatchStore
@@ -32,7 +33,7 @@ from img2img.errors import (
 from img2img.events import READ_LIMIT, EventHub
 from img2img.jobs import Job, JobEvent, JobSpec, JobState, Outcome, Result, StopReason
 from img2img.queue import JobQueue
-from img2img.queue_types import INPUT_BLOB, Join, Lifetime, Page, QueueStats, Submitted, Waiter
+from img2img.queue_types import INPUT_BLOB, Join, Lifetime, Page, ServiceStats, Submitted, Waiter
 from img2img.requests import CheckedRequest, build_request, draw_seed
 from img2img.server import milliseconds
 from img2img.settings import Settings
@@ -74,14 +75,25 @@ class Picture(msgspec.Struct, frozen=True):
 class JobService:
     """One per gateway process."""
 
-    def __init__(self, parts: Parts, hub: EventHub, tenants: Tenants) -> None:
+    def __init__(self, parts: Parts, hub: EventHub, tenants: Tenants, router: Router) -> None:
         self._settings: Settings = parts.settings
         self._queue: JobQueue = parts.queue
         self._blobs: BlobStore = parts.blobs
         self._hub = hub
         self._tenants = tenants
+        self._router = router
+        self.queues = {name: self._queue_of(name) for name in (self._queue.name, *router.pools.by_name)}
+        """Of each pool, and the one that the settings name: idempotency keys belong to that."""
         self._batches = BatchStore(parts.queue)
         self.draining = False
+
+    def _queue_of(self, pool: str) -> JobQueue:
+        return self._queue if pool == self._queue.name else self._queue.sibling(pool)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of models that a request may ask for in its options."""
+        return self._router.models
 
     def drain(self) -> None:
         """Let go of everybody who only watches; calls that create something are finished."""
@@ -94,6 +106,7 @@ class JobService:
         Raises:
             InvalidRequest: names the field.
             IdempotencyConflict, NoCapacity, Congested: see :meth:`JobQueue.submit`.
+            ModelNotFound, Unsupported, ResidencyConflict: see :meth:`Router.candidates`.
         """
         with _counting_rejections():
             return await self._submit(order, await self._check(order), waiter, job_id)
@@ -247,9 +260,11 @@ class JobService:
         job_ids, references = await self._batches.get(account, batch_id)
         return [await self._queue.get(job_id, account) for job_id in job_ids], references
 
-    async def stats(self) -> QueueStats:
-        """How much waits and runs, and which workers are alive."""
-        return await self._queue.stats()
+    async def stats(self) -> ServiceStats:
+        """How much waits and runs, and which workers are alive: in each pool, and in all of them."""
+        names = tuple(self._router.pools.by_name)
+        pools = await asyncio.gather(*(self.queues[name].stats() for name in names))
+        return ServiceStats.of(dict(zip(names, pools, strict=True)))
 
     async def _check(self, order: Order) -> CheckedRequest:
         limits, body = self._settings.request_limits, order.body
@@ -268,8 +283,10 @@ class JobService:
         self, order: Order, checked: CheckedRequest, waiter: Waiter | None = None, job_id: str | None = None
     ) -> Submitted:
         lifetime = self._lifetime(order, checked)
+        share = self._tenants.share_of(order.account, self._settings.max_queued_per_tenant)
+        pools = self._router.candidates(checked, share)
         job_id = job_id or self._queue.new_id()
-        with telemetry.send_span(self._queue.name, job_id) as trace:
+        with telemetry.send_span(pools[0].name, job_id) as trace:
             inputs = await self._store_inputs(job_id, checked, lifetime)
             try:
                 spec = await self._spec(order, checked, job_id, inputs, trace)
@@ -278,8 +295,7 @@ class JobService:
                 raise
             join = self._join(order, spec.fingerprint)
             try:
-                share = self._tenants.share_of(order.account, self._settings.max_queued_per_tenant)
-                submitted = await self._queue.submit(spec, lifetime, share=share, join=join, waiter=waiter)
+                submitted = await self._queue.submit(spec, lifetime, share=share, join=join, waiter=waiter, pools=pools)
             except (IdempotencyConflict, NoCapacity, Congested):
                 # After any other error the job may be there all the same, and need its inputs.
                 await self._drop(inputs)
@@ -289,7 +305,14 @@ class JobService:
         if submitted.created:
             telemetry.JOBS_SUBMITTED.labels(order.front_end).inc()
             prompt = {"prompt": checked.request.prompt} if self._settings.log_prompts else {}
-            log.info("job_created", job=submitted.id, account=order.account, front_end=order.front_end, **prompt)
+            log.info(
+                "job_created",
+                job=submitted.id,
+                account=order.account,
+                front_end=order.front_end,
+                pool=submitted.pool,
+                **prompt,
+            )
         return submitted
 
     async def _spec(

@@ -183,6 +183,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     ``failures``, ``crashes`` (of its workers) and ``interruptions`` count attempts without a result since the job
     was submitted or replayed; ``history`` tells of the latest ones. ``eta`` is None where nothing was measured yet.
+    ``pool`` is where it waits, runs or ended.
     """
 
     spec: JobSpec
@@ -202,6 +203,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     interruptions: int = 0
     replays: int = 0
     history: tuple[PastAttempt, ...] = ()
+    pool: str = ""
 
     @property
     def id(self) -> str:
@@ -217,6 +219,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         if self.outcome is not None and self.outcome.executed_by is not None:
             return self.outcome.executed_by
         return None if self.running is None else self.running.executed_by
+
+
+class Move(msgspec.Struct, frozen=True, rename={"from_pool": "from"}):
+    """A queued job left a pool: it was ``late`` there, or there were ``no_workers``."""
+
+    from_pool: str
+    why: Literal["late", "no_workers"]
 
 
 class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -235,6 +244,11 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
     def state(self) -> JobState:
         """The job's state after this event."""
         return JobState.RUNNING if self.type in ("progress", PREVIEW) else JobState(self.type)
+
+    @property
+    def move(self) -> Move | None:
+        """Where the job was before, if this event tells that it moved."""
+        return msgspec.convert(self.data["moved"], Move) if "moved" in self.data else None
 
     @property
     def preview(self) -> PreviewPicture | None:

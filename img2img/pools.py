@@ -63,8 +63,8 @@ class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     ``external``: its pictures are made outside; True for cloudflare unless the file says otherwise. ``max_steps`` and
     ``max_pixels`` bound a job, ``max_queued`` how many wait. A pool without workers counts as dead ``start_seconds``
-    after there was work for it. A call costs ``job_price``, and ``step_price`` for each of its steps at 512x512, of which
-    no more than ``spend_per_day`` and ``tenant_spend_per_day`` are spent on a day (UTC).
+    after there was work for it. A call costs ``job_price``, and ``step_price`` for each of its steps at 512x512: no
+    more than ``spend_per_day`` in all and ``tenant_spend_per_day`` for a tenant on a day (UTC).
     """
 
     name: str

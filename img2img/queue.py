@@ -5,25 +5,20 @@ cannot leave half a change. arq's payload, its queue's sorted set and its result
 ``arq.jobs.Job`` answers for our jobs too.
 """
 
-import asyncio
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Final, Literal
 
 import msgspec
 import structlog
 import uuid_utils
 from arq.connections import ArqRedis
-from redis.exceptions import NoScriptError, ReadOnlyError
 
-from img2img import lua
 from img2img.errors import (
     IdempotencyConflict,
     JobNotFound,
     LeaseLost,
     NoCapacity,
     NotReplayable,
-    Unavailable,
 )
 from img2img.jobs import (
     Failure,
@@ -37,20 +32,33 @@ from img2img.jobs import (
     StopReason,
     StoredCheckpoint,
 )
-from img2img.queue_types import Claim, Discard, Join, Lifetime, Page, QueueStats, Share, Submitted, Waiter, WorkerInfo
-from img2img.records import JOB_FIELDS, read_claim, read_discard, read_job, read_refusal, read_stop, work_of
+from img2img.queue_types import (
+    Candidate,
+    Claim,
+    Discard,
+    Join,
+    Lifetime,
+    Page,
+    QueueStats,
+    Share,
+    Submitted,
+    Waiter,
+    WorkerInfo,
+)
+from img2img.records import (
+    JOB_FIELDS,
+    read_claim,
+    read_discard,
+    read_job,
+    read_refusal,
+    read_stop,
+    seconds_left_today,
+    work_of,
+)
+from img2img.scripts import Scripts
 from img2img.server import milliseconds, translated
-from img2img.trips import SharedTrips
 
 SHARD: Final = 0
-SCRIPTS: Final = (
-    "submit", "claim", "beat", "report", "checkpoint", "preview", "sent", "finish", "release", "cancel", "replay",
-    "look", "wait", "leave", "sweep", "sign_off", "stats",
-)  # fmt: skip
-SHARING: Final = ("submit", "finish")
-"""Those of them of which many are under way at once."""
-REPEATS: Final = (0.02, 0.1, 0.5, 0.0)
-"""Pauses in seconds after tries that a server refused which is about to be replaced."""
 LIST_SCAN: Final = 500
 UNREADABLE_DELAY: Final = 10.0
 
@@ -85,8 +93,19 @@ class JobQueue:
         self._priority_seconds = priority_seconds
         self._max_queued = max_queued
         self._refuse_late = refuse_late
-        self._scripts = {script: redis.register_script(lua.source(script)) for script in SCRIPTS}
-        self._trips = {script: SharedTrips(partial(self._run_all, script)) for script in SHARING}
+        self._scripts = Scripts(redis, self.prefix, name)
+
+    def sibling(self, name: str) -> "JobQueue":
+        """Another queue of the same server, with the same rules."""
+        return JobQueue(
+            self.redis,
+            name,
+            attempts=self._attempts,
+            crash_limit=self._crash_limit,
+            priority_seconds=self._priority_seconds,
+            max_queued=self._max_queued,
+            refuse_late=self._refuse_late,
+        )
 
     @staticmethod
     def new_id() -> str:
@@ -108,16 +127,21 @@ class JobQueue:
         share: Share | None = None,
         join: Join | None = None,
         waiter: Waiter | None = None,
+        pools: Sequence[Candidate] = (),
     ) -> Submitted:
         """Accept a job, or find the one it joins. Safe to repeat with the same id.
+
+        It goes to the first of ``pools`` that suits it, by default to this queue.
 
         Raises:
             IdempotencyConflict: the join key belongs to another request.
             NoCapacity: ``reject_if_busy`` was asked for and no worker is free.
             QueueFull, AccountQueueFull, DeadlineUnreachable: too much waits.
+            SpendCapReached: the pools that would take it cost more than may be spent today.
         """
         order = self._order(spec, lifetime, share or Share()) | {"join": join, "waiter": waiter}
-        answer = await self._trips["submit"].call(msgspec.json.encode(spec), msgspec.json.encode(order))
+        order["pools"] = pools or (Candidate(self.name, max_queued=self._max_queued),)
+        answer = await self._scripts.run_with_others("submit", msgspec.json.encode(spec), msgspec.json.encode(order))
         match [part.decode() for part in answer]:
             case ["joined", job_id]:
                 return Submitted(job_id, created=False)
@@ -127,7 +151,7 @@ class JobQueue:
                 raise NoCapacity("Every worker is busy: try again, or send the request without rejectIfBusy")
             case [why, pause, eta]:
                 raise read_refusal(why, float(pause), float(eta) if eta else None)
-        return Submitted(spec.id, created=True)
+        return Submitted(spec.id, created=True, pool=answer[1].decode())
 
     def _order(self, spec: JobSpec, lifetime: Lifetime, share: Share) -> dict[str, object]:
         options, work = spec.options, work_of(spec.parameters)
@@ -146,7 +170,6 @@ class JobQueue:
             "refuse_late": self._refuse_late,
             "max_failures": self._attempts,
             "max_crashes": self._crash_limit,
-            "max_queued": self._max_queued,
             "max_queued_account": share.max_queued,
             "weight": share.weight,
             "size": work.size,
@@ -199,7 +222,9 @@ class JobQueue:
         Until it has answered, repeat it with the same ``token``: it then hands out the same jobs again.
         """
         suspects = sum(claim.suspect for claim in held)
-        due, *claims = await self._run("claim", worker, engine, count, len(held), suspects, milliseconds(lease), token)
+        due, *claims = await self._scripts.run(
+            "claim", worker, engine, count, len(held), suspects, milliseconds(lease), token
+        )
         readable = [claim for raw in claims if (claim := await self._readable(raw))]
         return readable, None if due < 0 else due / 1000
 
@@ -210,7 +235,7 @@ class JobQueue:
         except msgspec.MsgspecError as exc:
             why = f"A worker of another release cannot read the job: {exc}"
             delay = milliseconds(UNREADABLE_DELAY)
-            await self._run("release", raw[0], raw[1], "failures", delay, "internal", why)
+            await self._scripts.run("release", raw[0], raw[1], "failures", delay, "internal", why)
             return None
 
     async def beat(
@@ -219,7 +244,7 @@ class JobQueue:
         """Keep the worker known and its claims alive; answers which must stop, by their fence, and why."""
         held = [value for claim in claims for value in (claim.id, claim.fence)]
         info = msgspec.json.encode(worker)
-        answers = await self._run(
+        answers = await self._scripts.run(
             "beat", worker.id, milliseconds(ttl), info, worker.slots, worker.native_pixels, milliseconds(lease), *held
         )
         told = zip(claims, answers, strict=True)
@@ -231,7 +256,7 @@ class JobQueue:
 
     async def next_stop(self, worker: str, timeout: float) -> tuple[str, StopReason] | None:
         """The next job that this worker is told to stop, and why; None after ``timeout`` seconds."""
-        message = await self._pop(self._control_key(worker), timeout)
+        message = await self._pop(f"{self.prefix}control:{worker}", timeout)
         if message is None:
             return None
         job_id, _, reason = message.partition(" ")
@@ -239,11 +264,11 @@ class JobQueue:
 
     async def sign_off(self, worker: str) -> None:
         """Forget a worker that holds nothing, and ring once for the token that it may have taken."""
-        await self._run("sign_off", worker)
+        await self._scripts.run("sign_off", worker)
 
     async def report(self, claim: Claim, running: Running) -> StopReason | None:
         """Record progress; answers with the reason if the job should stop."""
-        answer = await self._run("report", claim.id, claim.fence, msgspec.json.encode(running))
+        answer = await self._scripts.run("report", claim.id, claim.fence, msgspec.json.encode(running))
         return None if answer == b"ok" else read_stop(answer)
 
     async def checkpoint(self, claim: Claim, checkpoint: StoredCheckpoint) -> StopReason | None:
@@ -251,23 +276,28 @@ class JobQueue:
 
         Answers with the reason if the job should stop; after ``LEASE_LOST`` nothing was written.
         """
-        answer = await self._run("checkpoint", claim.id, claim.fence, msgspec.json.encode(checkpoint))
+        answer = await self._scripts.run("checkpoint", claim.id, claim.fence, msgspec.json.encode(checkpoint))
         return None if answer == b"ok" else read_stop(answer)
 
     async def preview(self, claim: Claim, step: int, steps: int, picture: PreviewPicture) -> StopReason | None:
         """Show what the attempt has after ``step`` of its ``steps``; answers with the reason if the job should stop."""
         bare = {"step": step, "steps": steps}
         whole = msgspec.json.encode(bare | msgspec.structs.asdict(picture))
-        answer = await self._run("preview", claim.id, claim.fence, whole, msgspec.json.encode(bare))
+        answer = await self._scripts.run("preview", claim.id, claim.fence, whole, msgspec.json.encode(bare))
         return None if answer == b"ok" else read_stop(answer)
 
-    async def sent(self, claim: Claim, on_lost: OnLost | None) -> StopReason | None:
+    async def sent(self, claim: Claim, call: int, on_lost: OnLost | None) -> StopReason | None:
         """Record, before it is made, a call that may be billed; None takes the word back. Safe to repeat.
 
-        ``on_lost`` is what becomes of the job if the attempt ends without that call's answer. Answers with the reason
-        if the job should stop; after ``LEASE_LOST`` nothing was written.
+        ``call`` numbers the attempt's calls; ``on_lost`` is what becomes of the job if the attempt ends without that
+        call's answer. Answers with the reason if the job should stop; after ``LEASE_LOST`` nothing was written.
+
+        Raises:
+            SpendCapReached: the call must not be made, because it would cost more than may be spent today.
         """
-        answer = await self._run("sent", claim.id, claim.fence, on_lost or "")
+        answer = await self._scripts.run("sent", claim.id, claim.fence, call, on_lost or "")
+        if answer == b"unaffordable":
+            raise read_refusal("spend", seconds_left_today(), None)
         return None if answer == b"ok" else read_stop(answer)
 
     async def finish(self, claim: Claim, outcome: Outcome) -> None:
@@ -277,7 +307,7 @@ class JobQueue:
             LeaseLost: somebody else holds the job now; nothing was written.
         """
         answer = msgspec.json.encode(outcome)
-        if not await self._trips["finish"].call(claim.id, claim.fence, outcome.state.value, answer):
+        if not await self._scripts.run_with_others("finish", claim.id, claim.fence, outcome.state.value, answer):
             raise LeaseLost(f"Job {claim.id} is no longer held under fence {claim.fence}")
 
     async def release(
@@ -288,7 +318,9 @@ class JobQueue:
         Raises:
             LeaseLost: somebody else holds the job now; nothing was written.
         """
-        done = await self._run("release", claim.id, claim.fence, kind, milliseconds(delay), why.code, why.message)
+        done = await self._scripts.run(
+            "release", claim.id, claim.fence, kind, milliseconds(delay), why.code, why.message
+        )
         if not done:
             raise LeaseLost(f"Job {claim.id} is no longer held under fence {claim.fence}")
 
@@ -298,7 +330,7 @@ class JobQueue:
         Raises:
             JobNotFound: there is none.
         """
-        state = await self._run("cancel", job_id, reason.value)
+        state = await self._scripts.run("cancel", job_id, reason.value)
         if state is None:
             raise JobNotFound(job_id)
         return JobState(state.decode())
@@ -310,25 +342,28 @@ class JobQueue:
         Raises:
             JobNotFound: there is none.
             NotReplayable: its input is being deleted at this moment.
+            SpendCapReached: the pools that it may go to cost more than may be spent today.
         """
-        state = await self._run("replay", job_id, milliseconds(lifetime))
+        state = await self._scripts.run("replay", job_id, milliseconds(lifetime))
         if state is None:
             raise JobNotFound(job_id)
         if state == b"discarding":
             raise NotReplayable("The job's input picture is being deleted: send the request anew")
+        if state == b"unaffordable":
+            raise read_refusal("spend", seconds_left_today(), None)
         return JobState(state.decode())
 
     async def wait_for(self, job_id: str, waiter: Waiter) -> None:
         """Renew a waiter's interest in a job that ends when nobody waits for it."""
-        await self._run("wait", job_id, waiter.id, waiter.ttl, waiter.grace)
+        await self._scripts.run("wait", job_id, waiter.id, waiter.ttl, waiter.grace)
 
     async def leave(self, job_id: str, waiter: Waiter) -> None:
         """A waiter goes; the last one starts the grace period."""
-        await self._run("leave", job_id, waiter.id, waiter.grace)
+        await self._scripts.run("leave", job_id, waiter.id, waiter.grace)
 
     async def sweep(self) -> tuple[list[Discard], float | None]:
         """End what is overdue; answers which blobs may go, and in how many seconds there is more to do."""
-        due, *words = await self._run("sweep")
+        due, *words = await self._scripts.run("sweep")
         return [read_discard(word.decode()) for word in words], None if due < 0 else due / 1000
 
     async def discarded(self, discard: Discard) -> None:
@@ -338,7 +373,7 @@ class JobQueue:
 
     async def stats(self) -> QueueStats:
         """How much waits and runs, and which workers take jobs (one that drains takes none)."""
-        waiting, delayed, running, quarantined, seconds, workers = await self._run("stats")
+        waiting, delayed, running, quarantined, seconds, workers = await self._scripts.run("stats")
         known = (msgspec.json.decode(raw, type=WorkerInfo) for raw in workers)
         taking = tuple(worker for worker in known if worker.slots)
         return QueueStats(waiting - delayed, delayed, running, quarantined, round(float(seconds), 3), taking)
@@ -361,36 +396,8 @@ class JobQueue:
 
     async def _rows(self, job_ids: Sequence[str]) -> list[tuple[str, Sequence[Any]]]:
         """The records, for :func:`read_job`, of those of the jobs that there are."""
-        rows = await self._run("look", len(JOB_FIELDS), *JOB_FIELDS, *job_ids)
+        rows = await self._scripts.run("look", len(JOB_FIELDS), *JOB_FIELDS, *job_ids)
         return [(job_id, row) for job_id, row in zip(job_ids, rows, strict=True) if row is not None]
 
     def _control_key(self, worker: str) -> str:
         return f"{self.prefix}control:{worker}"
-
-    async def _run_all(self, script: str, calls: Sequence[Sequence[Any]]) -> list[Any]:
-        """One script for several sets of arguments, in one trip; an error of one is its answer. Safe to repeat only."""
-        known = self._scripts[script]
-        answers: list[Any] = []
-        with translated():
-            for pause in REPEATS:
-                async with self.redis.pipeline(transaction=False) as pipe:
-                    for arguments in calls:
-                        pipe.evalsha(known.sha, 1, self.prefix, self.name, *arguments)
-                    answers = await pipe.execute(raise_on_error=False)
-                if any(isinstance(answer, NoScriptError) for answer in answers):
-                    await self.redis.script_load(known.script)
-                elif any(isinstance(answer, ReadOnlyError) for answer in answers):
-                    # This server is no master any more: let the next connection find the one that is.
-                    await self.redis.connection_pool.disconnect(inuse_connections=False)
-                    await asyncio.sleep(pause)
-                else:
-                    break
-        return [_unavailable(answer) if isinstance(answer, Exception) else answer for answer in answers]
-
-    async def _run(self, script: str, *arguments: Any) -> Any:
-        with translated():
-            return await self._scripts[script](keys=[self.prefix], args=[self.name, *arguments])
-
-
-def _unavailable(error: Exception) -> Unavailable:
-    return Unavailable(f"The queue server does not answer as it should ({type(error).__name__}): try again")

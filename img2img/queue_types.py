@@ -42,7 +42,7 @@ class Lifetime(msgspec.Struct, frozen=True):
 class Share(msgspec.Struct, frozen=True):
     """What an account is entitled to: ``weight`` of the workers' time, ``max_queued`` waiting jobs (0: no limit).
 
-    ``local_only``: its pictures are not made outside. ``spend_per_day`` takes the place of a pool's own cap for tenants.
+    ``local_only``: its pictures are not made outside. ``spend_per_day`` takes the place of the pools' cap for tenants.
     """
 
     weight: float = 1.0
@@ -51,11 +51,11 @@ class Share(msgspec.Struct, frozen=True):
     spend_per_day: float | None = None
 
 
-class Candidate(msgspec.Struct, frozen=True):
+class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
     """A pool that a job may go to. Times in ms, amounts in millionths; None: no such limit.
 
-    ``max_wait`` is how long a job may wait there before it had better go elsewhere, ``start`` how long a first worker takes
-    to come up. A call costs ``price``; ``cap`` is for all tenants together, ``tenant_cap`` for the job's own.
+    ``max_wait`` is how long a job may wait there before it had better go elsewhere, ``start`` how long a first worker
+    takes to come up. A call costs ``price``; ``cap`` is for all tenants together, ``tenant_cap`` for the job's own.
     """
 
     name: str
@@ -68,17 +68,18 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class Submitted(msgspec.Struct, frozen=True):
-    """The job that answers a submission; ``created`` is false when it joined an earlier one."""
+    """The job that answers a submission; ``created`` is false when it joined an earlier one, else ``pool`` took it."""
 
     id: str
     created: bool
+    pool: str = ""
 
 
 class Claim(msgspec.Struct, frozen=True):
     """A worker's hold on a job: every write of this attempt carries ``fence``. Times in ms since 1970.
 
     A ``suspect`` has lost a worker before: one that is claimed by an idle worker runs alone there. An earlier attempt
-    may have left a ``checkpoint`` to go on from.
+    may have left a ``checkpoint`` to go on from. Given back, one that ``may_go_elsewhere`` need not wait for this pool.
     """
 
     id: str
@@ -91,6 +92,7 @@ class Claim(msgspec.Struct, frozen=True):
     suspect: bool = False
     failures: int = 0
     checkpoint: StoredCheckpoint | None = None
+    may_go_elsewhere: bool = False
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
@@ -126,6 +128,26 @@ class QueueStats(msgspec.Struct, frozen=True):
     quarantined: int
     seconds: float
     workers: tuple[WorkerInfo, ...]
+
+
+class ServiceStats(QueueStats, frozen=True):
+    """The same for all pools together, and for each of ``pools`` by its name."""
+
+    pools: dict[str, QueueStats]
+
+    @classmethod
+    def of(cls, pools: dict[str, QueueStats]) -> "ServiceStats":
+        """The sums over ``pools``."""
+        every = pools.values()
+        return cls(
+            queued=sum(one.queued for one in every),
+            delayed=sum(one.delayed for one in every),
+            running=sum(one.running for one in every),
+            quarantined=sum(one.quarantined for one in every),
+            seconds=round(sum(one.seconds for one in every), 3),
+            workers=tuple(worker for one in every for worker in one.workers),
+            pools=pools,
+        )
 
 
 class Page(msgspec.Struct, frozen=True):

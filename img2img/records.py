@@ -1,11 +1,12 @@
 """What the scripts in ``lua/`` write and answer, read back: a job's record above all. Fields: docs/queue.md."""
 
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
 
-from img2img.errors import AccountQueueFull, Congested, DeadlineUnreachable, QueueFull
+from img2img.errors import AccountQueueFull, Congested, DeadlineUnreachable, QueueFull, SpendCapReached
 from img2img.jobs import (
     Eta,
     Job,
@@ -22,10 +23,11 @@ from img2img.requests import Parameters
 
 JOB_FIELDS: Final = (
     "spec", "account", "state", "created", "expires", "attempt", "started", "finished", "running", "outcome", "stop",
-    "failures", "crashes", "interruptions", "replays", "history",
+    "failures", "crashes", "interruptions", "replays", "history", "queue",
 )  # fmt: skip
 SIZE_GRID: Final = 64
 """Sizes are measured as if rounded up to multiples of this many pixels."""
+DAY_SECONDS: Final = 24 * 3600
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -71,6 +73,7 @@ def read_job(row: Sequence[Any]) -> Job:
         crashes=number("crashes") or 0,
         interruptions=number("interruptions") or 0,
         replays=number("replays") or 0,
+        pool=fields["queue"].decode(),
         history=() if history is None else msgspec.json.decode(history, type=tuple[PastAttempt, ...]),
     )
 
@@ -81,7 +84,7 @@ def read_claim(raw: Sequence[Any]) -> Claim:
     Raises:
         msgspec.MsgspecError: another release wrote the job.
     """
-    job_id, fence, attempt, spec, created, expires, now, suspect, failures, checkpoint = raw
+    job_id, fence, attempt, spec, created, expires, now, suspect, failures, checkpoint, elsewhere = raw
     return Claim(
         id=job_id.decode(),
         fence=fence,
@@ -93,6 +96,7 @@ def read_claim(raw: Sequence[Any]) -> Claim:
         suspect=bool(suspect),
         failures=int(failures),
         checkpoint=None if checkpoint is None else msgspec.json.decode(checkpoint, type=StoredCheckpoint),
+        may_go_elsewhere=bool(elsewhere),
     )
 
 
@@ -107,12 +111,22 @@ def read_discard(word: str) -> Discard:
     return Discard(word, key, int(kept) / 1000)
 
 
+def seconds_left_today() -> float:
+    """Until 00:00 UTC, by this machine's clock: when caps on what is spent begin anew."""
+    return DAY_SECONDS - time.time() % DAY_SECONDS
+
+
 def read_refusal(why: str, pause: float, eta: float | None) -> Congested:
     """Why ``submit.lua`` takes no job now; ``pause`` and ``eta`` are in seconds."""
     likely = "" if eta is None else f"; a job queued now would be done in about {eta:.0f} s"
     if why == "late":
         return DeadlineUnreachable(
             f"The deadline cannot be met{likely}: try again later, or allow more time", pause, eta
+        )
+    if why == "spend":
+        return SpendCapReached(
+            "What may be spent today on this account's jobs is spent: try again after 00:00 UTC, or ask for more",
+            pause,
         )
     if why == "full_account":
         return AccountQueueFull(f"As many jobs of this account wait as may{likely}: try again later", pause, eta)

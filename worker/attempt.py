@@ -63,7 +63,10 @@ class StageClock:
 
 
 class Attempt:
-    """What one attempt has gathered so far. ``interrupt`` asks the engine to end where another can go on."""
+    """What one attempt has gathered so far. ``interrupt`` asks the engine to end where another can go on.
+
+    ``calls`` counts those of another service.
+    """
 
     def __init__(self, claim: Claim, executed_by: str, watch: JobWatch, stop: Stop) -> None:
         self.claim = claim
@@ -74,6 +77,7 @@ class Attempt:
         self.clock = StageClock((claim.claimed_at - claim.created_at) / 1000)
         self.running = Running(executed_by=executed_by)
         self.warnings = list(claim.spec.warnings)
+        self.calls = 0
 
     def enter(self, stage: Stage) -> None:
         self.clock.enter(stage)

@@ -27,6 +27,7 @@ from img2img.errors import (
     JobError,
     JobExpired,
     LeaseLost,
+    SpendCapReached,
     UpstreamBusy,
 )
 from img2img.jobs import Failure, JobSpec, JobState, OnLost, Outcome, Result, Stage, StopReason
@@ -217,6 +218,7 @@ class JobRunner:
                         case Notice():
                             attempt.warnings.append(output.message)
                         case Sent():
+                            attempt.calls += 1
                             await self._mark_sent(attempt, output.on_lost)
                         case Answered():
                             await self._mark_sent(attempt, None)
@@ -234,8 +236,9 @@ class JobRunner:
 
         Raises:
             JobCanceled, Interrupted, LeaseLost: the job is to stop, and no call to be made.
+            SpendCapReached: no call is to be made today.
         """
-        reason = await attempt.patiently(lambda: self._queue.sent(attempt.claim, on_lost))
+        reason = await attempt.patiently(lambda: self._queue.sent(attempt.claim, attempt.calls, on_lost))
         if reason is not None:
             raise _interruption(reason)
 
@@ -310,15 +313,19 @@ class JobRunner:
                 return Release(failure, "interruptions")
             case InvalidRequest() | JobError(retryable=False):
                 return attempt.outcome(JobState.FAILED, failure)
-            case UpstreamBusy() if time.monotonic() + error.retry_after >= attempt.deadline:
+            case UpstreamBusy() | SpendCapReached() if self._is_vain(attempt, error.retry_after):
                 # Sooner said than waited for.
                 return attempt.outcome(JobState.FAILED, failure)
-            case UpstreamBusy():
+            case UpstreamBusy() | SpendCapReached():
                 attempt.clock.close()
                 return Release(failure, "interruptions", delay=error.retry_after)
             case _:
                 attempt.clock.close()
                 return Release(failure, "failures", delay=self._retry_delay(attempt.claim.failures))
+
+    def _is_vain(self, attempt: Attempt, seconds: float) -> bool:
+        """Whether waiting so long cannot help: another pool may still take a job that may go there."""
+        return not attempt.claim.may_go_elsewhere and time.monotonic() + seconds >= attempt.deadline
 
     def _retry_delay(self, failures: int) -> float:
         """Exponential back-off with full jitter, in seconds."""

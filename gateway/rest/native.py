@@ -22,7 +22,7 @@ from gateway.rest.views import JobList, JobView, event_view, job_view
 from gateway.service import Order, Picture
 from img2img.errors import Img2ImgError, InvalidRequest, JobNotFound, Unavailable
 from img2img.jobs import JobState
-from img2img.queue_types import QueueStats
+from img2img.queue_types import ServiceStats
 
 MAX_PAGE: Final = 100
 JOB_HEADER: Final = "img2img-job-id"
@@ -150,7 +150,7 @@ class JobsController(Controller):
         return job_view(await front.service.replay(account, job_id))
 
     @get("/queue", responses=problems(401, 503))
-    async def queue(self, request: AnyRequest, front: FrontDependency) -> QueueStats:
+    async def queue(self, request: AnyRequest, front: FrontDependency) -> ServiceStats:
         """How many jobs wait and run, and which workers are alive."""
         front.authenticate(request)
         return await front.service.stats()

@@ -51,9 +51,9 @@ async def ready(front: FrontDependency) -> Response[dict[str, str | int]]:
 @get("/metrics", include_in_schema=False, exception_handlers={Img2ImgError: on_img2img_error})
 async def metrics(front: FrontDependency) -> Response[bytes]:
     """OpenMetrics text; queue gauges are read at the moment of the scrape."""
-    stats, queue = await front.service.stats(), front.settings.queue
-    for state in ("queued", "delayed", "running", "quarantined"):
-        QUEUE_JOBS.labels(queue, state).set(getattr(stats, state))
-    WORKERS.labels(queue).set(len(stats.workers))
+    for queue, stats in (await front.service.stats()).pools.items():
+        for state in ("queued", "delayed", "running", "quarantined"):
+            QUEUE_JOBS.labels(queue, state).set(getattr(stats, state))
+        WORKERS.labels(queue).set(len(stats.workers))
     text: bytes = generate_latest(REGISTRY)  # type: ignore[no-untyped-call]
     return Response(text, media_type=CONTENT_TYPE_LATEST)

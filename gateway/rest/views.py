@@ -10,6 +10,7 @@ from img2img.jobs import (
     Job,
     JobEvent,
     JobState,
+    Move,
     PastAttempt,
     PreviewPicture,
     Receipt,
@@ -63,6 +64,7 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
 
     ``failures``, ``crashes`` (of its workers) and ``interruptions`` count attempts without a result since the job was
     submitted or replayed; ``history`` tells of the latest ones. ``eta`` is null where nothing was measured yet.
+    ``pool`` is where the job waits, runs or ended.
     """
 
     id: str
@@ -71,6 +73,7 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     parameters: Parameters
     options: JobOptions
     seed: int
+    pool: str
     width: int | None
     height: int | None
     created_at: datetime
@@ -104,7 +107,8 @@ class JobList(msgspec.Struct, frozen=True):
 class EventView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One entry of the event log, as it is sent in ``data`` of a server-sent event.
 
-    A ``queued`` event after a replay has ``replays``: how many there were. A ``preview`` event has its picture,
+    A ``queued`` event after a replay has ``replays``: how many there were; one that tells of a move to another pool has
+    the ``pool`` and ``moved``: which one the job left, and why. A ``preview`` event has its picture,
     with the file in base64, until a later one has come or the attempt has ended.
     """
 
@@ -118,6 +122,8 @@ class EventView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     steps: int | None = None
     error: dict[str, object] | None = None
     replays: int | None = None
+    pool: str | None = None
+    moved: Move | None = None
     preview: PreviewPicture | None = None
 
 
@@ -132,6 +138,7 @@ def job_view(job: Job) -> JobView:
         parameters=spec.parameters,
         options=spec.options,
         seed=spec.seed,
+        pool=job.pool,
         width=spec.parameters.width if shown is None else shown.width,
         height=spec.parameters.height if shown is None else shown.height,
         created_at=_time(job.created_at),
@@ -169,6 +176,8 @@ def event_view(event: JobEvent) -> EventView:
         steps=_int(data.get("steps")),
         error=data["error"] if isinstance(data.get("error"), dict) else None,  # type: ignore[arg-type]
         replays=_int(data.get("replays")),
+        pool=data["pool"] if isinstance(data.get("pool"), str) else None,  # type: ignore[arg-type]
+        moved=event.move,
         preview=event.preview,
     )
 

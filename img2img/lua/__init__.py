@@ -3,22 +3,22 @@
 from importlib import resources
 from typing import Final
 
-SHARED: Final = ("_keys", "_service", "_share", "_estimate", "_job", "_sweep")
+SHARED: Final = ("_keys", "_spend", "_service", "_share", "_estimate", "_job", "_route", "_sweep")
 """Each builds on those before it."""
 LAST_NEEDED: Final = {
     "report": "_keys",
-    "sent": "_keys",
+    "sent": "_spend",
     "upstream_admit": "_keys",
     "upstream_settle": "_keys",
     "stats": "_service",
     "look": "_estimate",
     "checkpoint": "_job",
     "preview": "_job",
-    "submit": "_job",
+    "submit": "_route",
     "finish": "_job",
     "release": "_job",
     "cancel": "_job",
-    "replay": "_job",
+    "replay": "_route",
     "wait": "_job",
 }
 """The last part of it that a script needs, where that is not all: running what it does not need takes time, too."""

@@ -8,6 +8,7 @@ local function leave_waiting(id, queue, account, units)
   redis.call('ZREM', queue.suspects, id)
   if not account then
     redis.call('ZREM', queue.expiry, id)
+    redis.call('ZREM', queue.movable, id)
     return
   end
   leave_queued(queue, id, account)
@@ -79,7 +80,7 @@ end
 local function finalize(id, state, outcome)
   local key, arq = job_key(id), arq_id(id)
   local job = redis.call('HMGET', key, 'keep', 'attempt', 'created', 'started', 'inputs', 'quarantined', 'queue', 'state',
-    'ms', 'account', 'units', 'checkpoint', 'preview', 'sent')
+    'ms', 'account', 'units', 'checkpoint', 'preview', 'sent', 'reserved')
   local keep, queue = job[1], queue_named(job[7])
   redis.call('HSET', key, 'state', state, 'finished', int(NOW), 'outcome', outcome)
   if state == 'succeeded' then learn(queue, id) end
@@ -103,6 +104,8 @@ local function finalize(id, state, outcome)
   -- These wait for somebody who decides whether to replay them.
   local undecided = job[6] or (state == 'failed' and job[14] == 'fail')
   discard(job[5], undecided and keep or 0)
+  refund(job[10], job[15])
+  if job[15] then redis.call('HDEL', key, 'reserved') end
   drop_checkpoint(id, job[12])
 end
 
@@ -131,13 +134,18 @@ end
 
 -- What it takes to put a job of that record into a queue.
 local function placing_of(id)
-  local v = redis.call('HMGET', job_key(id), 'account', 'score', 'units', 'expires', 'weight', 'crashes', 'queue')
-  return { account = v[1], score = v[2], units = v[3], expires = v[4], weight = v[5], crashes = v[6] }, queue_named(v[7])
+  local v = redis.call('HMGET', job_key(id), 'account', 'score', 'units', 'expires', 'weight', 'crashes', 'queue', 'pools')
+  return { account = v[1], score = v[2], units = v[3], expires = v[4], weight = v[5], crashes = v[6], pools = v[8] },
+    queue_named(v[7])
 end
+
+-- When a job that may go elsewhere is first looked at again, unless somebody knows better (`job.look`).
+local FIRST_LOOK = 1000
 
 -- Into the queue: ready at `due`, or at once when that has passed.
 local function enqueue(queue, id, job, due, data)
   enter_queued(queue, id, job)
+  if job.pools then redis.call('ZADD', queue.movable, int(job.look or NOW + FIRST_LOOK), id) end
   if due > NOW then
     redis.call('ZADD', queue.delayed, int(due), id)
     wake(queue)
@@ -153,7 +161,7 @@ local function requeue(id, delay, code, message)
   local running = redis.call('HMGET', key, 'ms', 'started', 'preview')
   leave_running(queue, id, running[1], running[2])
   strip_preview(id, running[3])
-  redis.call('HDEL', key, 'worker', 'running', 'fence', 'sent')
+  redis.call('HDEL', key, 'worker', 'running', 'fence', 'sent', 'call', 'charged')
   redis.call('HSET', key, 'state', 'queued')
   redis.call('DEL', 'arq:in-progress:' .. arq_id(id))
   enqueue(queue, id, job, NOW + delay, cjson.encode({ error = failure(code, message) }))
@@ -212,8 +220,8 @@ end
 
 -- Registers interest in a job that ends when nobody waits for it any more.
 local function wait_for(id, waiter, ttl, grace)
-  local waiters = P .. 'waiters:' .. id
+  local waiters, queue = P .. 'waiters:' .. id, queue_named(field(id, 'queue'))
   redis.call('ZADD', waiters, int(NOW + ttl), waiter)
   redis.call('PEXPIRE', waiters, int(ttl + grace + 60000))
-  redis.call('ZADD', OWN.abandon, 'GT', int(NOW + ttl + grace), id)
+  redis.call('ZADD', queue.abandon, 'GT', int(NOW + ttl + grace), id)
 end

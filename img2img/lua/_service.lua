@@ -10,7 +10,7 @@ local KEPT = 7 * 24 * 3600 * 1000
 -- The queue's counters, as numbers (nil where there is none) but for `engine`.
 local function totals_of(queue)
   local names = { 'engine', 'clock', 'pixels', 'slots', 'units', 'running_ms', 'running_since',
-    'inflow', 'inflow_at', 'entry' }
+    'inflow', 'inflow_at', 'entry', 'unserved' }
   local values, totals = redis.call('HMGET', queue.totals, unpack(names)), {}
   for i, name in ipairs(names) do totals[name] = tonumber(values[i] or nil) end
   totals.engine = values[1]

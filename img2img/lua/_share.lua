@@ -53,6 +53,7 @@ local function enter_queued(queue, id, job)
 end
 
 local function leave_queued(queue, id, account)
+  redis.call('ZREM', queue.movable, id)
   if redis.call('ZREM', queue.expiry, id) == 0 then return end
   if redis.call('HINCRBY', tenant_of(queue, account), 'queued', -1) <= 0 then
     redis.call('DEL', tenant_of(queue, account))
@@ -67,7 +68,7 @@ local function next_ready(queue, engine)
     if not account then return nil end
     local id = redis.call('ZPOPMIN', ready_of(queue, account))[1]
     local v = id and redis.call('HMGET', job_key(id), 'units', 'weight', 'size', 'steps', 'area', 'expires', 'attempt',
-      'spec', 'created', 'failures', 'checkpoint')
+      'spec', 'created', 'failures', 'checkpoint', 'pools')
     if not id then
       rest(queue, account)
     elseif not v[1] then  -- its record has gone: see `exists`
@@ -80,7 +81,7 @@ local function next_ready(queue, engine)
       redis.call('ZINCRBY', queue.tenants, exact(seconds / tonumber(v[2])), account)
       left_ready(queue, account, v[1])
       return id, { account = account, ms = int(1000 * seconds), expires = v[6], attempt = v[7], spec = v[8], created = v[9],
-        failures = v[10], checkpoint = v[11] }
+        failures = v[10], checkpoint = v[11], pools = v[12] }
     end
   end
 end

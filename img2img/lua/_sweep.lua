@@ -26,7 +26,12 @@ local function set_slots(worker, slots)
   local before = tonumber(redis.call('HGET', OWN.slots, worker) or 0)
   slots = tonumber(slots)
   if slots == before then return end
-  redis.call('HINCRBY', OWN.totals, 'slots', slots - before)
+  local all = redis.call('HINCRBY', OWN.totals, 'slots', slots - before)
+  if all > 0 then
+    redis.call('HDEL', OWN.totals, 'unserved')
+  elseif redis.call('EXISTS', OWN.expiry, OWN.leases) > 0 then
+    redis.call('HSETNX', OWN.totals, 'unserved', int(NOW))
+  end
   if slots > 0 then redis.call('HSET', OWN.slots, worker, slots) else redis.call('HDEL', OWN.slots, worker) end
 end
 

@@ -2,7 +2,8 @@
 -- token, because an answer was lost, it hands out the same jobs.
 -- ARGV: queue, worker, engine, count, held (how many it runs already), suspects (how many of those are), lease ms, token
 -- Returns {ms until upkeep is due or -1 (or there are jobs),
---   {id, fence, attempt, spec, created, expires, now, suspect (1 | 0), failures, checkpoint (JSON) or nil}, …}
+--   {id, fence, attempt, spec, created, expires, now, suspect (1 | 0), failures, checkpoint (JSON) or nil,
+--    whether it may go to other pools (1 | 0)}, …}
 local worker, engine, count, held, suspects = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local lease, token = ARGV[7], ARGV[8]
 -- A suspect that found no idle worker for this long goes beside other jobs, but never beside another suspect.
@@ -16,11 +17,11 @@ local last = P .. 'claimed:' .. worker
 -- What is answered again for a job that this worker still holds.
 local function claim_of(id)
   local v = redis.call('HMGET', job_key(id), 'fence', 'attempt', 'spec', 'created', 'expires', 'crashes', 'worker', 'state',
-    'failures', 'checkpoint')
+    'failures', 'checkpoint', 'pools')
   if v[7] ~= worker or v[8] ~= 'running' then return nil end
   redis.call('ZADD', OWN.leases, 'XX', int(NOW + lease), id)
   redis.call('PEXPIRE', 'arq:in-progress:' .. arq_id(id), lease)
-  return { id, tonumber(v[1]), tonumber(v[2]), v[3], v[4], v[5], NOW, v[6] and 1 or 0, v[9] or '0', v[10] }
+  return { id, tonumber(v[1]), tonumber(v[2]), v[3], v[4], v[5], NOW, v[6] and 1 or 0, v[9] or '0', v[10], v[11] and 1 or 0 }
 end
 
 -- Never again the same, even after a failover to a server that has not seen the latest ones: they follow the clock.
@@ -39,7 +40,8 @@ local function take(id, job, suspect)
   enter_running(OWN, id, lease, job.ms)
   redis.call('SET', 'arq:in-progress:' .. arq_id(id), worker, 'PX', lease)
   emit(id, 'running', '{"attempt":' .. attempt .. ',"worker":' .. cjson.encode(worker) .. '}')
-  return { id, fence, attempt, job.spec, job.created, job.expires, NOW, suspect, job.failures or '0', job.checkpoint }
+  return { id, fence, attempt, job.spec, job.created, job.expires, NOW, suspect, job.failures or '0', job.checkpoint,
+    job.pools and 1 or 0 }
 end
 
 local MAX_EXPIRED = 50
@@ -62,9 +64,9 @@ end
 
 local function take_suspect(id)
   local v = redis.call('HMGET', job_key(id), 'account', 'ms', 'expires', 'attempt', 'spec', 'created', 'failures',
-    'checkpoint')
+    'checkpoint', 'pools')
   return take(id, { account = v[1], ms = v[2], expires = v[3], attempt = v[4], spec = v[5], created = v[6],
-    failures = v[7], checkpoint = v[8] }, 1)
+    failures = v[7], checkpoint = v[8], pools = v[9] }, 1)
 end
 
 -- A job whose worker died runs alone on an idle worker, if there is one soon. True when nothing may run beside it.

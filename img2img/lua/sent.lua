@@ -1,9 +1,17 @@
 -- Records that a running attempt is about to make a call that may be billed, or that this call's answer is known.
 -- Running it twice changes nothing.
--- ARGV: queue, id, fence, what to do with the job if the answer is lost ('retry' | 'fail'), or '' when it is known
--- Returns 'ok' | 'lost' | the reason why the job should stop
-local id, fence, on_lost = ARGV[2], ARGV[3], ARGV[4]
-local job = redis.call('HMGET', job_key(id), 'fence', 'state', 'stop')
+-- ARGV: queue, id, fence, number of the call in its attempt,
+--   what to do with the job if the answer is lost ('retry' | 'fail'), or '' when it is known
+-- Returns 'ok' | 'lost' | 'unaffordable', when no call may be made today | the reason why the job should stop
+local id, fence, call, on_lost = ARGV[2], ARGV[3], ARGV[3] .. ' ' .. ARGV[4], ARGV[5]
+local job = redis.call('HMGET', job_key(id), 'fence', 'state', 'stop', 'sent', 'call')
 if job[1] ~= fence or job[2] ~= 'running' then return 'lost' end
-if on_lost == '' then redis.call('HDEL', job_key(id), 'sent') else redis.call('HSET', job_key(id), 'sent', on_lost) end
+if on_lost == '' then
+  if job[4] then unpay(id) end
+  redis.call('HDEL', job_key(id), 'sent')
+elseif job[5] ~= call then
+  if job[3] then return job[3] end
+  if not pay(id) then return 'unaffordable' end
+  redis.call('HSET', job_key(id), 'sent', on_lost, 'call', call)
+end
 return job[3] or 'ok'

@@ -2,12 +2,12 @@
 -- ARGV: queue, spec (JSON, stored as it is), order (JSON; times in ms):
 --   id, account, fingerprint, lifetime, keep, boost, max_failures, max_crashes, reject_if_busy,
 --   not_before (since 1970, or 0), own_deadline (whether `lifetime` was asked for),
---   max_queued, max_queued_account (0: no limit), refuse_late,
+--   pools (Candidates, the preferred one first), max_queued_account (0: no limit), refuse_late,
 --   weight, size, pixels (0: the model's own), steps: what the work is and at whose expense
 --   inputs: null | blob key, join: null | {key, mode = "idempotency" | "first" | "retry", ttl}, waiter: null | {id, ttl, grace}
 --   horizon (the longest that any job of the account may be known)
--- Returns {'created'} | {'joined', id} | {'conflict'} | {'busy'}
---   | {'full' | 'full_account' | 'late', seconds until it is worth trying again, expected seconds to completion or ''}
+-- Returns {'created', pool} | {'joined', id} | {'conflict'} | {'busy'}
+--   | {'full' | 'full_account' | 'late' | 'spend', seconds until it is worth trying again, expected seconds to completion or ''}
 local spec, order = ARGV[2], cjson.decode(ARGV[3])
 local id, key, account = order.id, job_key(order.id), order.account
 local join = order.join ~= cjson.null and order.join or nil
@@ -33,8 +33,8 @@ local function joined(known)
   if join.mode == 'retry' then redis.call('PEXPIRE', join_key, int(join.ttl)) end
   if not waiter then
     -- Who joins without waiting wants the job to go on when the others have left.
-    redis.call('ZREM', OWN.abandon, known[1])
-  elseif redis.call('ZSCORE', OWN.abandon, known[1]) then
+    redis.call('ZREM', queue_named(field(known[1], 'queue')).abandon, known[1])
+  elseif redis.call('ZSCORE', queue_named(field(known[1], 'queue')).abandon, known[1]) then
     wait_for(known[1], waiter.id, waiter.ttl, waiter.grace)
   end
   return { 'joined', known[1] }
@@ -43,74 +43,78 @@ end
 local score, since = int(NOW - order.boost), math.max(NOW, order.not_before)
 -- A job that comes with a deadline of its own must be done by it; any other has its time from when it may start.
 local expires = order.own_deadline and NOW + order.lifetime or since + order.lifetime
-local totals = totals_of(OWN)
-local measures = measures_of(OWN, totals.engine, order.size)
-local area = relative_area(totals, order.pixels)
+local job = { account = account, score = score, since = since, expires = expires, size = order.size, pixels = order.pixels,
+  steps = order.steps, weight = decimal(order.weight) }
 
-local seconds, measured = service_seconds(measures, order.steps, area)
-
-local function expectation()
-  if not measured or order.not_before > NOW then return nil end
-  local ahead = totals.units and redis.call('ZCOUNT', ready_of(OWN, account), '-inf', score) or 0
-  local wait = wait_for_slot(OWN, totals, account, work_before(OWN, totals, measures, account, ahead))
-  return wait and completion(measures, wait, seconds)
+local function is_full(pool, queue, queued)
+  local mine = queued > 0 and order.max_queued_account > 0 and number_of(tenant_of(queue, account), 'queued') or 0
+  if (pool.max_queued or 0) > 0 and queued >= pool.max_queued then return 'full', queued end
+  if order.max_queued_account > 0 and mine >= order.max_queued_account then return 'full_account', mine end
 end
 
-local queued = redis.call('ZCARD', OWN.expiry)
+local function is_busy(view, queued)
+  local running = redis.call('ZCARD', view.queue.leases)
+  return (view.totals.slots or 0) - (queued - redis.call('ZCARD', view.queue.delayed)) - running <= 0
+end
 
-local function refusal(expected)
-  local mine = queued > 0 and order.max_queued_account > 0 and number_of(tenant_of(OWN, account), 'queued') or 0
-  local full = order.max_queued > 0 and queued >= order.max_queued and 'full'
-    or order.max_queued_account > 0 and mine >= order.max_queued_account and 'full_account'
+-- Why a pool does not take the job, as this script answers it.
+local function refusal(pool, view)
+  local queued, expected = redis.call('ZCARD', view.queue.expiry), view.expected
+  if order.reject_if_busy and is_busy(view, queued) then return { 'busy' } end
+  local full, count = is_full(pool, view.queue, queued)
   if full then
-    local pause = expected and expected.expected / math.max(full == 'full' and queued or mine, 1) or 1
+    local pause = expected and expected.expected / math.max(count, 1) or 1
     return { full, decimal(math.min(math.max(pause, 1), 60)), expected and decimal(expected.p50) or '' }
   elseif order.refuse_late and expected and NOW + 1000 * expected.p10 > expires then
     return { 'late', decimal(math.min(math.max(expected.p10 - order.lifetime / 1000, 1), 600)), decimal(expected.p50) }
+  elseif not is_affordable(pool, account) then
+    return { 'spend', decimal(((TODAY + 1) * DAY - NOW) / 1000), '' }
   end
 end
 
-local function is_busy()
-  return (totals.slots or 0) - (queued - redis.call('ZCARD', OWN.delayed)) - redis.call('ZCARD', OWN.leases) <= 0
-end
+-- Whether the job is bound to its pool: then it needs no list of others, and no account of money.
+local function is_bound() return #order.pools == 1 and not order.pools[1].price end
 
-local function record(expected)
-  local job = { account = account, score = score, units = int(1000 * order.steps * area), expires = int(expires),
-    weight = decimal(order.weight) }
-  local fields = { 'spec', spec, 'account', account, 'queue', OWN.name, 'state', 'queued', 'created', int(NOW),
-    'since', int(since), 'expires', job.expires, 'score', score, 'boost', order.boost, 'keep', order.keep, 'attempt', '0',
+local function record(view)
+  local fields = { 'spec', spec, 'account', account, 'state', 'queued', 'created', int(NOW),
+    'since', int(since), 'expires', int(expires), 'score', score, 'boost', order.boost, 'keep', order.keep, 'attempt', '0',
     'max_failures', order.max_failures, 'max_crashes', order.max_crashes, 'size', order.size, 'steps', order.steps,
-    'area', decimal(area), 'units', job.units, 'weight', job.weight }
+    'pixels', order.pixels, 'weight', job.weight }
   local function add(name, value)
     fields[#fields + 1] = name
     fields[#fields + 1] = value
   end
   if order.inputs ~= cjson.null then add('inputs', order.inputs) end
-  if expected then
-    add('expected', decimal(expected.expected))
-    add('bucket', expected.bucket)
+  if not is_bound() then
+    job.pools = cjson.encode(order.pools)
+    add('pools', job.pools)
+  end
+  if view.expected then
+    add('expected', decimal(view.expected.expected))
+    add('bucket', view.expected.bucket)
   end
   redis.call('HSET', key, unpack(fields))
-  return job
 end
 
-if redis.call('EXISTS', key) == 1 then return { 'created' } end
+if redis.call('EXISTS', key) == 1 then return { 'created', field(id, 'queue') } end
 local known = joinable()
 if known then return joined(known) end
-if order.reject_if_busy and is_busy() then return { 'busy' } end
-local expected = expectation()
-local refused = refusal(expected)
-if refused then return refused end
+local choice, refused = best_of(order.pools, job, refusal)
+if not choice then return refused end
 
-local ttl, arq = int(expires - NOW + order.keep), arq_id(id)
-local job = record(expected)
-if measured then note_inflow(OWN, totals, account, seconds) end
+local ttl, arq, queue = int(expires - NOW + order.keep), arq_id(id), choice.queue
+record(choice)
+assign(id, job, choice)
+if choice.measured then note_inflow(queue, choice.totals, account, choice.seconds) end
 -- With nothing queued nobody has anything queued: a count that says otherwise lost track of a vanished record.
-if queued == 0 then redis.call('DEL', tenant_of(OWN, account)) end
+if redis.call('EXISTS', queue.expiry) == 0 then redis.call('DEL', tenant_of(queue, account)) end
 redis.call('PEXPIRE', key, ttl)
 redis.call('SET', 'arq:job:' .. arq, arq_payload(id), 'PX', ttl)
-redis.call('ZADD', OWN.alive, int(NOW), arq)
-enqueue(OWN, id, job, since, '{}')
+redis.call('ZADD', queue.alive, int(NOW), arq)
+local slack = job.pools and slack_of(choice, job)
+job.look = math.max(since, NOW) + math.max(SOONEST_LOOK, (slack or 0) / 2)
+job.expires = int(expires)
+enqueue(queue, id, job, since, '{}')
 redis.call('PEXPIRE', P .. 'events:' .. id, ttl)
 
 local mine = P .. 'account:' .. account
@@ -123,4 +127,4 @@ if join then
   redis.call('PEXPIRE', join_key, int(join.ttl))
 end
 if waiter then wait_for(id, waiter.id, waiter.ttl, waiter.grace) end
-return { 'created' }
+return { 'created', queue.name }

@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 
 from gateway.budget import Budgets
 from gateway.drain import Drain
+from gateway.routing import Router, open_router
 from gateway.rpc.server import RpcServer, open_server
 from gateway.service import JobService
 from gateway.tenants import Tenants
@@ -64,14 +65,14 @@ async def open_gateway(
     *,
     tenants: Tenants | None = None,
     worker: bool = True,
-    make_service: Callable[[Parts, EventHub, Tenants], JobService] = JobService,
+    make_service: Callable[[Parts, EventHub, Tenants, Router], JobService] = JobService,
 ) -> AsyncIterator[Gateway]:
     """A gateway, with a worker unless told otherwise; everything is closed in reverse order."""
     async with AsyncExitStack() as stack:
         parts = await stack.enter_async_context(open_parts(settings))
         hub = await stack.enter_async_context(EventHub(parts.queue))
         tenants = tenants or Tenants.open_local()
-        service = make_service(parts, hub, tenants)
+        service = make_service(parts, hub, tenants, open_router(settings))
         budgets, drain = Budgets(settings.max_body_bytes_in_flight), Drain(parts.queue, settings)
         rpc = await stack.enter_async_context(open_server(service, tenants, settings, budgets, drain))
         rpc.set_serving(True)

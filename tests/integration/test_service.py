@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gateway.routing import open_router
 from gateway.service import JobService, Order
 from gateway.tenants import Tenants
 from img2img.blobs import RedisBlobs
@@ -75,7 +76,9 @@ def queue(parts: Parts) -> ForgetfulQueue:
 
 @pytest.fixture
 def service(parts: Parts, hub: EventHub, queue: ForgetfulQueue) -> JobService:
-    return JobService(msgspec.structs.replace(parts, queue=queue), hub, Tenants.open_local())
+    return JobService(
+        msgspec.structs.replace(parts, queue=queue), hub, Tenants.open_local(), open_router(parts.settings)
+    )
 
 
 def order(**body: Any) -> Order:
@@ -116,7 +119,9 @@ async def test_a_refused_request_leaves_no_input(parts: Parts, service: JobServi
 async def test_a_call_cut_off_before_its_submit_leaves_no_input(parts: Parts, hub: EventHub) -> None:
     """A picture that was on its way when the caller went is deleted as soon as it is there."""
     blobs = SlowBlobs(parts.queue.redis, parts.queue.prefix)
-    service = JobService(msgspec.structs.replace(parts, blobs=blobs), hub, Tenants.open_local())
+    service = JobService(
+        msgspec.structs.replace(parts, blobs=blobs), hub, Tenants.open_local(), open_router(parts.settings)
+    )
     call = asyncio.create_task(service.create(order()))
     await blobs.stored.wait()
     assert await input_blobs(parts) == 1

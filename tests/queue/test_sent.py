@@ -35,10 +35,10 @@ async def test_the_word_is_on_record_until_it_is_taken_back(queue: JobQueue, red
     """Saying it twice, because an answer was lost, is saying it once."""
     claim = await started(queue)
     for _ in range(2):
-        assert await queue.sent(claim, on_lost) is None
+        assert await queue.sent(claim, 1, on_lost) is None
         assert await recorded(redis, queue, claim) == on_lost.encode()
     for _ in range(2):
-        assert await queue.sent(claim, None) is None
+        assert await queue.sent(claim, 1, None) is None
         assert await recorded(redis, queue, claim) is None
 
 
@@ -46,23 +46,23 @@ async def test_a_stale_attempt_is_told_to_make_no_call(queue: JobQueue, redis: A
     """It leaves no word on the record of an attempt that is not its own."""
     stale = await started(queue)
     await die(queue, stale)
-    assert await queue.sent(stale, "fail") == StopReason.LEASE_LOST
+    assert await queue.sent(stale, 1, "fail") == StopReason.LEASE_LOST
     fresh = await claim_one(queue)
-    assert await queue.sent(stale, "fail") == StopReason.LEASE_LOST
+    assert await queue.sent(stale, 1, "fail") == StopReason.LEASE_LOST
     assert await recorded(redis, queue, fresh) is None
 
 
 async def test_a_job_that_is_to_stop_makes_no_call(queue: JobQueue) -> None:
     claim = await started(queue)
     await queue.cancel(claim.id)
-    assert await queue.sent(claim, "retry") == StopReason.USER
+    assert await queue.sent(claim, 1, "retry") == StopReason.USER
 
 
 async def test_with_retry_it_runs_again_and_its_history_says_what_may_have_been_billed(
     queue: JobQueue, redis: ArqRedis
 ) -> None:
     claim = await started(queue)
-    await queue.sent(claim, "retry")
+    await queue.sent(claim, 1, "retry")
     await die(queue, claim)
     job = await queue.get(claim.id)
     assert (job.state, job.crashes) == (JobState.QUEUED, 1)
@@ -78,7 +78,7 @@ async def test_with_fail_it_ends_and_can_be_replayed(queue: JobQueue, ending: st
     await submit(queue)
     claim = await claim_one(queue)
     await queue.redis.hset(f"{queue.prefix}job:{claim.id}", "inputs", "input:x")
-    await queue.sent(claim, "fail")
+    await queue.sent(claim, 1, "fail")
     if ending == "crash":
         (discard,) = await die(queue, claim)
     else:
@@ -99,8 +99,8 @@ async def test_with_fail_it_ends_and_can_be_replayed(queue: JobQueue, ending: st
 async def test_an_answer_without_a_picture_is_a_failure_like_any_other(queue: JobQueue) -> None:
     """The word was taken back: nothing is unknown."""
     claim = await started(queue)
-    await queue.sent(claim, "fail")
-    await queue.sent(claim, None)
+    await queue.sent(claim, 1, "fail")
+    await queue.sent(claim, 1, None)
     await queue.release(claim, FAILED, "failures")
     job = await queue.get(claim.id)
     assert (job.state, job.history[-1].error) == (JobState.QUEUED, FAILED)
@@ -109,7 +109,7 @@ async def test_an_answer_without_a_picture_is_a_failure_like_any_other(queue: Jo
 async def test_a_canceled_job_is_canceled(queue: JobQueue) -> None:
     """Whoever canceled it does not want to know what became of the call."""
     claim = await started(queue)
-    await queue.sent(claim, "fail")
+    await queue.sent(claim, 1, "fail")
     await queue.cancel(claim.id)
     await die(queue, claim)
     assert (await queue.get(claim.id)).state == JobState.CANCELED
@@ -119,7 +119,7 @@ async def test_a_job_that_succeeds_needs_no_word_taken_back(queue: JobQueue) -> 
     """Its record and its input go as they always do."""
     claim = await started(queue)
     await queue.redis.hset(f"{queue.prefix}job:{claim.id}", "inputs", "input:x")
-    await queue.sent(claim, "fail")
+    await queue.sent(claim, 1, "fail")
     await queue.finish(claim, SUCCEEDED)
     assert (await queue.get(claim.id)).state == JobState.SUCCEEDED
     assert [(discard.key, discard.kept) for discard in (await queue.sweep())[0]] == [("input:x", 0)]
@@ -129,6 +129,6 @@ async def test_an_engine_that_knows_that_the_answer_is_lost_ends_the_job_the_sam
     """The input is kept, too."""
     claim = await started(queue)
     await queue.redis.hset(f"{queue.prefix}job:{claim.id}", "inputs", "input:x")
-    await queue.sent(claim, "fail")
+    await queue.sent(claim, 1, "fail")
     await queue.finish(claim, Outcome(state=JobState.FAILED, error=Failure("upstream_unknown", "x")))
     assert [(discard.key, discard.kept) for discard in (await queue.sweep())[0]] == [("input:x", KEEP)]

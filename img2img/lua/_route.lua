@@ -1,0 +1,167 @@
+-- Which pool a job goes to. `pools` is the list in its record, in order of preference: Candidates of queue_types.py.
+-- A job of one pool that costs nothing has no such list, and stays where it is.
+
+-- A pool that was given up is given another chance after this long, so that whoever scales it sees work for it.
+local DEAD_RETRY = 300000
+-- What waits longer than this for another try in its pool had better go elsewhere.
+local STUCK = 5000
+local LOOK_AGAIN, MOVED_LATELY, SOONEST_LOOK = 5000, 2000, 1000
+-- So many jobs at most are looked at in one go.
+local LOOKS = 20
+local FINE, LATE, DEAD = 0, 1, 2
+
+-- Milliseconds until a pool has a worker: 0 when it has one, nil when it counts as dead.
+local function start_of(pool, queue, totals)
+  if (totals.slots or 0) > 0 then return 0 end
+  local waited = NOW - (totals.unserved or NOW)
+  if waited > (pool.start or 0) + DEAD_RETRY then
+    redis.call('HSET', queue.totals, 'unserved', int(NOW))
+    waited = 0
+  end
+  return waited < (pool.start or 0) and pool.start - waited or nil
+end
+
+-- What a pool has to offer a job: {account, size, pixels, steps, score, since}, of which `id` is queued there, if given.
+local function outlook(pool, job, id)
+  local queue = queue_named(pool.name)
+  local totals = totals_of(queue)
+  local measures = measures_of(queue, totals.engine, job.size)
+  local view = { pool = pool, queue = queue, totals = totals, area = relative_area(totals, job.pixels) }
+  view.seconds, view.measured = service_seconds(measures, job.steps, view.area)
+  -- Who works when a later start comes, nobody knows.
+  view.start = job.since > NOW and 0 or start_of(pool, queue, totals)
+  if not view.start or job.since > NOW then return view end
+  local due = id and redis.call('ZSCORE', queue.delayed, id)
+  if due then
+    view.wait = math.max(0, due - NOW) / 1000
+    view.is_stuck = due - NOW > STUCK
+  elseif view.start > 0 then
+    view.wait = view.start / 1000
+  elseif view.measured then
+    local ahead = id and redis.call('ZRANK', ready_of(queue, job.account), id)
+      or totals.units and redis.call('ZCOUNT', ready_of(queue, job.account), '-inf', job.score) or 0
+    view.wait = wait_for_slot(queue, totals, job.account, work_before(queue, totals, measures, job.account, ahead))
+  end
+  view.expected = view.measured and view.wait and completion(measures, view.wait, view.seconds)
+  return view
+end
+
+-- Milliseconds that are left until the job would be late in that pool; nil where nobody knows.
+local function slack_of(view, job)
+  local max_wait, slack = view.pool.max_wait, nil
+  if max_wait then slack = max_wait - math.max(0, NOW - job.since) - 1000 * (view.wait or 0) end
+  if view.expected then
+    slack = math.min(slack or math.huge, job.expires - NOW - 1000 * view.expected.p90)
+  end
+  return slack
+end
+
+-- How good a pool is for a job: nobody works there; it would start too late or hardly be done in time; or it is fine.
+local function rank_of(view, job)
+  if not view.start then return DEAD end
+  local slack = slack_of(view, job)
+  return (view.is_stuck or (slack and slack < 0)) and LATE or FINE
+end
+
+-- The best of the pools, the first of those that are as good, without those that `refuse` refuses; and what that said of
+-- the first one it did.
+local function best_of(pools, job, refuse)
+  local best, refused
+  for _, pool in ipairs(pools) do
+    local view = outlook(pool, job)
+    local no = refuse(pool, view)
+    view.rank = not no and rank_of(view, job)
+    if no then
+      refused = refused or no
+    elseif not best or view.rank < best.rank then
+      best = view
+      if view.rank == FINE then break end
+    end
+  end
+  return best, refused
+end
+
+-- What is written on a job that goes to a pool: where it is, and the work that it is there.
+local function assign(id, job, view)
+  job.units = int(1000 * job.steps * view.area)
+  redis.call('HSET', job_key(id), 'queue', view.queue.name, 'area', decimal(view.area), 'units', job.units)
+  if view.start ~= 0 and view.pool.start then redis.call('HSETNX', view.queue.totals, 'unserved', int(NOW)) end
+  local reservation = reserve(view.pool, job.account)
+  if reservation then redis.call('HSET', job_key(id), 'reserved', reservation) end
+end
+
+-- A queued job of a record, in the form that `outlook` and `enqueue` take.
+local function routed(id)
+  local v = redis.call('HMGET', job_key(id), 'pools', 'account', 'size', 'pixels', 'steps', 'since', 'expires', 'score',
+    'units', 'weight', 'crashes', 'reserved')
+  if not v[1] then return nil end
+  return { pools = v[1], account = v[2], size = v[3], pixels = tonumber(v[4]), steps = tonumber(v[5]), since = tonumber(v[6]),
+    expires = tonumber(v[7]), score = v[8], units = v[9], weight = v[10], crashes = v[11], reserved = v[12] }
+end
+
+local WHY = { [LATE] = 'late', [DEAD] = 'no_workers' }
+
+local function move(id, job, from, view, why)
+  leave_waiting(id, from, job.account, job.units)
+  refund(job.account, job.reserved)
+  redis.call('HDEL', job_key(id), 'expected', 'bucket', 'reserved')
+  assign(id, job, view)
+  redis.call('ZREM', from.alive, arq_id(id))
+  redis.call('ZADD', view.queue.alive, int(NOW), arq_id(id))
+  local abandoned = redis.call('ZSCORE', from.abandon, id)
+  if abandoned then
+    redis.call('ZREM', from.abandon, id)
+    redis.call('ZADD', view.queue.abandon, abandoned, id)
+  end
+  job.look = NOW + MOVED_LATELY
+  enqueue(view.queue, id, job, NOW,
+    cjson.encode({ pool = view.queue.name, moved = { from = from.name, why = why } }))
+end
+
+local function look_later(queue, id, at)
+  redis.call('ZADD', queue.movable, 'XX', int(at), id)
+  return false
+end
+
+-- Moves a queued job, if it had better be elsewhere. Answers whether it did.
+local function reconsider(id, from)
+  local job = routed(id)
+  if not job then
+    redis.call('ZREM', from.movable, id)
+    return false
+  end
+  if job.since > NOW then return look_later(from, id, job.since + SOONEST_LOOK) end
+  local pools = cjson.decode(job.pools)
+  local here = outlook(pool_named(pools, from.name), job, id)
+  local rank = rank_of(here, job)
+  local best = rank > FINE and best_of(pools, job, function(pool, view)
+    return pool.name == from.name or not is_affordable(pool, job.account)
+      or ((pool.max_queued or 0) > 0 and redis.call('ZCARD', view.queue.expiry) >= pool.max_queued)
+  end)
+  if best and best.rank < rank then
+    move(id, job, from, best, WHY[rank])
+    return true
+  end
+  local slack = rank == FINE and (slack_of(here, job) or job.expires - NOW)
+  return look_later(from, id, NOW + (slack and math.max(SOONEST_LOOK, slack / 2) or LOOK_AGAIN))
+end
+
+-- Moves jobs whose time to be looked at has come; all of them, a few at a time, when nobody works in their pool.
+-- Answers how many.
+local function overflow(queue)
+  local cursor, ids = nil, nil
+  if number_of(queue.totals, 'slots') > 0 then
+    ids = redis.call('ZRANGEBYSCORE', queue.movable, '-inf', int(NOW), 'LIMIT', 0, LOOKS)
+  else
+    cursor = number_of(queue.totals, 'cursor')
+    ids = redis.call('ZRANGE', queue.movable, cursor, cursor + LOOKS - 1)
+  end
+  local moved, stayed = 0, 0
+  for _, id in ipairs(ids) do
+    if reconsider(id, queue) then moved = moved + 1 else stayed = stayed + 1 end
+  end
+  if cursor then
+    redis.call('HSET', queue.totals, 'cursor', #ids < LOOKS and 0 or cursor + stayed)
+  end
+  return moved
+end

@@ -1,0 +1,349 @@
+"""Which pool a job goes to, when it moves on, and what that may cost."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from arq.connections import ArqRedis
+
+from img2img.errors import NoCapacity, QueueFull, SpendCapReached
+from img2img.events import EventHub
+from img2img.jobs import Failure, JobState, Move
+from img2img.queue import JobQueue
+from img2img.queue_types import Candidate, Claim, Join, Share, Waiter, WorkerInfo
+from tests.queue.calls import LEASE, SUCCEEDED, claim_one, submit
+
+BUSY = Failure("upstream_busy", "The upstream takes no call now")
+
+
+@pytest.fixture
+def local(queue: JobQueue) -> JobQueue:
+    return queue.sibling("local")
+
+
+@pytest.fixture
+def burst(queue: JobQueue) -> JobQueue:
+    return queue.sibling("burst")
+
+
+async def work(queue: JobQueue, slots: int = 1) -> None:
+    """Have a worker say that it lives."""
+    info = WorkerInfo(f"at-{queue.name}", slots, "fake", "fake", "cpu", 256 * 256)
+    await queue.beat(info, [], lease=LEASE, ttl=60)
+
+
+async def go_away(queue: JobQueue) -> None:
+    await queue.sign_off(f"at-{queue.name}")
+
+
+async def measure(queue: JobQueue, seconds: float) -> None:
+    """Let jobs be measured that run about ``seconds``."""
+    for _ in range(3):
+        await submit(queue)
+        claim = await claim_one(queue)
+        await asyncio.sleep(seconds)
+        await queue.finish(claim, SUCCEEDED)
+
+
+def pools(*, local: dict[str, Any] | None = None, burst: dict[str, Any] | None = None) -> Sequence[Candidate]:
+    return Candidate("local", **(local or {})), Candidate("burst", **(burst or {}))
+
+
+async def pool_of(queue: JobQueue, job_id: str) -> str:
+    return (await queue.get(job_id)).pool
+
+
+async def spent(redis: ArqRedis, account: str = "acme") -> tuple[int, int]:
+    """What an account's jobs in `burst` came to today, and those of all accounts."""
+    day = (datetime.now(UTC) - datetime(1970, 1, 1, tzinfo=UTC)).days
+    own, every = await redis.hmget(f"img2img:{{0}}:spend:burst:{day}", [account, "*"])
+    return int(own or 0), int(every or 0)
+
+
+async def look(*queues: JobQueue) -> None:
+    """What gateways do once a second or more often."""
+    for queue in queues:
+        await queue.sweep()
+
+
+async def test_the_first_pool_that_is_fine_is_taken(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    """Also while nothing was measured in it."""
+    await work(local)
+    await work(burst)
+    assert await pool_of(queue, await submit(queue, pools=pools())) == "local"
+    assert ((await local.stats()).queued, (await burst.stats()).queued) == (1, 0)
+
+
+async def test_a_pool_without_workers_is_passed_over(queue: JobQueue, burst: JobQueue) -> None:
+    await work(burst)
+    assert await pool_of(queue, await submit(queue, pools=pools())) == "burst"
+
+
+async def test_with_nobody_anywhere_a_job_waits_in_the_first(queue: JobQueue) -> None:
+    assert await pool_of(queue, await submit(queue, pools=pools())) == "local"
+
+
+async def test_a_first_worker_is_given_time_to_come_up(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    """Then the pool counts as dead, for those who wait in it and for those who come."""
+    await work(burst)
+    job_id = await submit(queue, pools=pools(local={"start": 200}))
+    await look(local, burst)
+    assert await pool_of(queue, job_id) == "local"
+    await asyncio.sleep(0.25)
+    await look(local)
+    assert await pool_of(queue, job_id) == "burst"
+    assert await pool_of(queue, await submit(queue, pools=pools(local={"start": 200}))) == "burst"
+    await work(local)
+    assert await pool_of(queue, await submit(queue, pools=pools(local={"start": 200}))) == "local"
+
+
+async def test_a_stated_wait_is_kept_at_submission(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    await work(local)
+    await work(burst)
+    await measure(local, 0.1)
+    places = [await pool_of(queue, await submit(queue, pools=pools(local={"max_wait": 250}))) for _ in range(8)]
+    assert places[:2] == ["local", "local"]
+    assert places[-1] == "burst"
+    assert await pool_of(queue, await submit(queue, pools=pools())) == "local"
+
+
+async def test_a_deadline_is_kept_at_submission(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    """A job that the first pool would hardly finish in time goes on; refused is only what no pool can do in time."""
+    await work(local)
+    await work(burst)
+    await measure(local, 0.2)
+    for _ in range(5):
+        await submit(queue, pools=pools())
+    assert await pool_of(queue, await submit(queue, seconds=0.7, pools=pools())) == "burst"
+    assert await pool_of(queue, await submit(queue, seconds=50, pools=pools())) == "local"
+
+
+async def test_a_full_pool_is_passed_over(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    await work(local)
+    await work(burst)
+    both = pools(local={"max_queued": 1}, burst={"max_queued": 1})
+    assert [await pool_of(queue, await submit(queue, pools=both)) for _ in range(2)] == ["local", "burst"]
+    with pytest.raises(QueueFull):
+        await submit(queue, pools=both)
+
+
+async def test_a_job_in_a_hurry_takes_whoever_is_free(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    await work(local)
+    await work(burst)
+    hurry = {"reject_if_busy": True}
+    places = [await pool_of(queue, await submit(queue, options=hurry, pools=pools())) for _ in range(2)]
+    assert places == ["local", "burst"]
+    with pytest.raises(NoCapacity):
+        await submit(queue, options=hurry, pools=pools())
+
+
+async def test_queued_jobs_leave_a_dead_pool(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    """All of them, those too whose worker died; their logs tell, and nothing of them is left behind."""
+    await work(local)
+    jobs = [await submit(queue, account=f"t{number % 3}", pools=pools()) for number in range(45)]
+    claim = await claim_one(local, lease=0.05, worker="at-local")
+    await go_away(local)
+    await work(burst)
+    await asyncio.sleep(0.06)
+    for _ in range(5):
+        await look(local)
+    assert {await pool_of(queue, job_id) for job_id in jobs} == {"burst"}
+    assert ((await local.stats()).queued, (await burst.stats()).queued) == (0, 45)
+    events = await local.redis.lrange(queue.events_key(claim.id), 0, -1)  # type: ignore[misc]
+    assert b'"no_workers"' in events[-1]
+    ended = set()
+    for _ in range(46):
+        claims, _ = await burst.claim("at-burst", 64, LEASE, token=str(len(ended)), engine="fake/fake")
+        for taken in claims:
+            await burst.finish(taken, SUCCEEDED)
+            ended.add(taken.id)
+    assert ended == set(jobs)
+
+
+async def test_the_log_tells_of_a_move(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    await work(burst)
+    job_id = await submit(queue, pools=pools(local={"start": 1}))
+    await asyncio.sleep(0.01)
+    await look(local)
+    async with EventHub(queue) as hub, hub.follow(job_id) as follower:
+        moved = (await follower.read())[-1]
+    assert (moved.type, moved.data["pool"], moved.move) == ("queued", "burst", Move("local", "no_workers"))
+
+
+async def test_what_waits_too_long_moves_on(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    """Nothing was measured, so that nobody could foresee it."""
+    await work(local)
+    job_id = await submit(queue, pools=pools(local={"max_wait": 100}))
+    await work(burst)
+    await asyncio.sleep(1.1)
+    await look(local)
+    assert await pool_of(queue, job_id) == "burst"
+
+
+async def test_a_job_that_its_pool_put_off_comes_back(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    """The upstream takes no calls for hours, and the first pool has a worker again."""
+    await work(burst)
+    job_id = await submit(queue, pools=pools())
+    await burst.release(await claim_one(burst), BUSY, "interruptions", delay=3600)
+    await work(local)
+    await asyncio.sleep(1.1)
+    await look(burst)
+    assert await pool_of(queue, job_id) == "local"
+    assert (await claim_one(local)).id == job_id
+
+
+async def test_a_deferred_job_stays_until_its_time(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    await work(burst)
+    soon = (datetime.now(UTC) + timedelta(seconds=60)).isoformat()
+    job_id = await submit(queue, options={"not_before": soon}, pools=pools())
+    await look(local, burst)
+    assert (await queue.get(job_id)).state == JobState.QUEUED
+    assert await pool_of(queue, job_id) == "local"
+
+
+async def test_a_job_of_one_pool_stays(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    await work(burst)
+    job_id = await submit(queue, pools=[Candidate("local")])
+    await look(local, burst)
+    assert await pool_of(queue, job_id) == "local"
+
+
+async def test_who_waits_for_a_job_keeps_it_when_it_moves(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    """And lets go of it there."""
+    await work(burst)
+    waiter = Waiter("caller", 60_000, 1)
+    job_id = await submit(queue, waiter=waiter, pools=pools(local={"start": 1}))
+    await asyncio.sleep(0.01)
+    await look(local)
+    await queue.wait_for(job_id, waiter)
+    await look(burst)
+    assert (await queue.get(job_id)).state == JobState.QUEUED
+    await queue.leave(job_id, waiter)
+    await asyncio.sleep(0.01)
+    await look(burst)
+    assert (await queue.get(job_id)).state == JobState.CANCELED
+
+
+async def test_a_cap_bounds_what_goes_to_a_pool(
+    queue: JobQueue, redis: ArqRedis, local: JobQueue, burst: JobQueue
+) -> None:
+    """Each tenant's, and that of all; what cannot go there waits where it is."""
+    await work(burst)
+    both = pools(burst={"price": 10, "cap": 50, "tenant_cap": 30})
+    mine = [await pool_of(queue, await submit(queue, pools=both)) for _ in range(5)]
+    others = [await pool_of(queue, await submit(queue, account="other", pools=both)) for _ in range(5)]
+    assert mine == ["burst"] * 3 + ["local"] * 2
+    assert others == ["burst"] * 2 + ["local"] * 3
+    assert await spent(redis) == (30, 50)
+    await look(local)
+    assert (await local.stats()).queued == 5
+
+
+async def test_where_every_pool_is_too_dear_a_job_is_refused(queue: JobQueue, burst: JobQueue) -> None:
+    await work(burst)
+    only = [Candidate("burst", price=10, tenant_cap=9)]
+    with pytest.raises(SpendCapReached) as refused:
+        await submit(queue, pools=only)
+    assert 0 < refused.value.retry_after <= 24 * 3600
+
+
+async def test_what_was_not_called_costs_nothing(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
+    """Canceled, expired, moved away, or ended by an engine that made no call."""
+    await work(burst)
+    only = [Candidate("burst", price=10, tenant_cap=100)]
+    canceled, failing = await submit(queue, pools=only), await submit(queue, pools=only)
+    assert await spent(redis) == (20, 20)
+    await queue.cancel(canceled)
+    assert await spent(redis) == (10, 10)
+    claim = await claim_one(burst)
+    assert claim.id == failing
+    await queue.cancel(failing)
+    await burst.release(claim, BUSY, "interruptions")
+    assert await spent(redis) == (0, 0)
+
+
+async def test_a_call_that_made_no_picture_costs_nothing(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
+    """Its price pays for the next call; what was said twice is paid once."""
+    await work(burst)
+    claim = await started(queue, burst, tenant_cap=100)
+    for call in (1, 2):
+        for _ in range(2):
+            assert await burst.sent(claim, call, "retry") is None
+        if call == 1:
+            for _ in range(2):
+                assert await burst.sent(claim, call, None) is None
+    await burst.finish(claim, SUCCEEDED)
+    assert await spent(redis) == (10, 10)
+
+
+async def test_a_lost_call_stays_paid(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
+    """The next one is paid anew, within the cap; without room for it none is made today."""
+    await work(burst)
+    claim = await started(queue, burst, tenant_cap=20)
+    assert await burst.sent(claim, 1, "retry") is None
+    await burst.release(claim, BUSY, "interruptions")
+    claim = await claim_one(burst)
+    assert await burst.sent(claim, 1, "retry") is None
+    assert await spent(redis) == (20, 20)
+    with pytest.raises(SpendCapReached):
+        await burst.sent(claim, 2, "retry")
+    await burst.release(claim, BUSY, "interruptions", delay=60)
+    assert await spent(redis) == (20, 20)
+
+
+async def test_what_was_reserved_yesterday_counts_on_the_day_of_the_call(
+    queue: JobQueue, redis: ArqRedis, burst: JobQueue
+) -> None:
+    await work(burst)
+    claim = await started(queue, burst, tenant_cap=10)
+    pool, day, amount = (await redis.hget(f"{queue.prefix}job:{claim.id}", "reserved")).decode().split()  # type: ignore[misc]
+    yesterday = f"{queue.prefix}spend:{pool}:{int(day) - 1}"
+    await redis.hset(f"{queue.prefix}job:{claim.id}", "reserved", f"{pool} {int(day) - 1} {amount}")  # type: ignore[misc]
+    await redis.rename(f"{queue.prefix}spend:{pool}:{day}", yesterday)
+    assert await burst.sent(claim, 1, "retry") is None
+    assert await spent(redis) == (10, 10)
+    assert await redis.hget(yesterday, "acme") == b"0"  # type: ignore[misc]
+
+
+async def test_a_replay_is_paid_anew(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
+    """Or not made, when it would cost more than may be spent."""
+    await work(burst)
+    claim = await started(queue, burst, tenant_cap=20)
+    for spent_by_now in (10, 20):
+        await burst.sent(claim, 1, "fail")
+        await burst.release(claim, BUSY, "failures")
+        assert (await queue.get(claim.id)).state == JobState.FAILED
+        assert await spent(redis) == (spent_by_now, spent_by_now)
+        if spent_by_now == 10:
+            await queue.replay(claim.id, 60)
+            claim = await claim_one(burst)
+    with pytest.raises(SpendCapReached):
+        await queue.replay(claim.id, 60)
+    assert (await queue.get(claim.id)).state == JobState.FAILED
+
+
+async def test_a_replay_goes_where_there_is_a_worker(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    await work(local)
+    job_id = await submit(queue, pools=pools())
+    await queue.cancel(job_id)
+    await go_away(local)
+    await work(burst)
+    await queue.replay(job_id, 60)
+    assert await pool_of(queue, job_id) == "burst"
+
+
+async def test_an_idempotency_key_finds_a_job_that_moved(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    await work(burst)
+    join = Join("key:acme:1", "idempotency", 60_000)
+    job_id = await submit(queue, join=join, pools=pools(local={"start": 1}))
+    await asyncio.sleep(0.01)
+    await look(local)
+    assert await submit(queue, join=join, pools=pools(), share=Share()) == job_id
+
+
+async def started(queue: JobQueue, burst: JobQueue, tenant_cap: int) -> Claim:
+    """A claimed job of a pool in which a call costs 10."""
+    await submit(queue, pools=[Candidate("burst", price=10, tenant_cap=tenant_cap)])
+    return await claim_one(burst)
