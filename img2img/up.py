@@ -4,13 +4,11 @@ This is what ``img2img up`` and ``img2img demo`` run. Nothing here takes signals
 """
 
 import asyncio
-import contextlib
 import os
-import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -20,14 +18,17 @@ import msgspec
 
 from img2img.children import ChildProcess, describe_exit
 from img2img.embedded import STOP_GRACE, DataLock, EmbeddedValkey
-from img2img.errors import ConfigurationError
-from img2img.settings import Settings
+from img2img.errors import Unavailable
+from img2img.pools import Pool, Pools
+from img2img.ports import free_ports
+from img2img.queue import JobQueue
+from img2img.server import open_redis
+from img2img.settings import PREFIX, Settings
 
 HOST: Final = "127.0.0.1"
 MAX_CRASHES: Final = 5  # in a row
 DRAIN_SECONDS: Final = 10.0
 DRAIN_MARGIN: Final = 10.0
-PORT_PATIENCE: Final = 1.0
 POLL_SECONDS: Final = 0.1
 TAIL_LINES: Final = 20
 CONFIGURATION_STATUS: Final = 2  # gateway and worker exit with it when a setting is wrong
@@ -37,6 +38,7 @@ COMMANDS: Final[Mapping[str, Sequence[str]]] = {
     name: (sys.executable, "-P", "-m", name) for name in ("gateway", "worker")
 }
 LEFT_OUT: Final = frozenset({"IMG2IMG_TLS_CERT", "IMG2IMG_TLS_KEY"})  # loopback needs no TLS
+FOR_UPSTREAM: Final = f"{PREFIX}UPSTREAM_"
 
 
 class ServiceFailed(Exception):
@@ -59,9 +61,13 @@ WORKER_PAUSES: Final = Pauses(1.0, 30.0, 60.0)
 
 
 class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``img2img up`` is asked for; a port of 0 is any free one, a ``None`` the setting's own default."""
+    """What ``img2img up`` is asked for; a port of 0 is any free one, a ``None`` the setting's own default.
+
+    ``workers`` is for each pool of the file ``pools``, if there is one.
+    """
 
     data_dir: Path
+    pools: Path | None = None
     engine: str | None = None
     model: str | None = None
     upstream: str | None = None
@@ -183,6 +189,7 @@ class Supervisor:
     def __init__(self, options: UpOptions, report: Report, commands: Mapping[str, Sequence[str]] = COMMANDS) -> None:
         self.options = options
         self.settings = Settings()
+        self.redis_url = ""
         self.is_stopping = False
         self._report = report
         self._commands = commands
@@ -190,6 +197,7 @@ class Supervisor:
         self._valkey: Service | None = None
         self._gateway: Service | None = None
         self._workers: list[Service] = []
+        self._pools: Sequence[Pool] = ()
 
     async def __aenter__(self) -> Self:
         """Lock the data folder, check the ports, then start Valkey, the gateway and the workers.
@@ -214,25 +222,32 @@ class Supervisor:
         return [service for service in (self._valkey, self._gateway, *self._workers) if service]
 
     async def ready(self) -> None:
-        """Return when the service takes jobs.
+        """Return when the service takes jobs and every pool has a worker.
 
         Raises:
             ServiceFailed: a part of it does not come up.
         """
         import httpx
 
-        # trust_env: a proxy in the environment is not for our own loopback.
-        async with httpx.AsyncClient(base_url=self.options.http_url, trust_env=False) as http:
+        async with (
+            # trust_env: a proxy in the environment is not for our own loopback.
+            httpx.AsyncClient(base_url=self.options.http_url, trust_env=False) as http,
+            open_redis(self.redis_url) as redis,
+        ):
+            queues = [JobQueue(redis, pool.name) for pool in self._pools]
             while True:
                 self._check()
                 try:
                     answer = await http.get("/health/ready")
+                    without = [queue.name for queue in queues if not (await queue.stats()).workers]
                 except httpx.TransportError:
                     self._report.waiting("the gateway")
+                except Unavailable:
+                    self._report.waiting("Valkey")
                 else:
-                    if answer.status_code == httpx.codes.OK:
+                    if answer.status_code == httpx.codes.OK and not without:
                         break
-                    self._report.waiting("a worker to load its model")
+                    self._report.waiting(_a_worker(without))
                 await asyncio.sleep(POLL_SECONDS)
         for worker in self._workers:
             worker.is_proven = True
@@ -264,9 +279,11 @@ class Supervisor:
     async def _start(self) -> None:
         self._report.waiting("the data folder")
         lock = await self._resources.enter_async_context(DataLock(self.options.data_dir))
-        self.options = await settle_ports(self.options)
+        self.options = await _with_free_ports(self.options)
         environment = self._environment()
         self.settings = Settings.from_environment(environment)
+        if self.settings.pools_file is not None:
+            self._pools = tuple(Pools.load(self.settings.pools_file).by_name.values())
         grace = self.settings.drain_timeout + DRAIN_MARGIN
 
         self._report.waiting("Valkey")
@@ -274,15 +291,14 @@ class Supervisor:
         await self._resources.enter_async_context(valkey)
         self._valkey = Service("valkey", valkey.start, valkey.tail, STOP_GRACE, self._report, SERVER_PAUSES)
         self._valkey.adopt(valkey.process)
-        environment["IMG2IMG_REDIS_URL"] = valkey.url
+        environment["IMG2IMG_REDIS_URL"] = self.redis_url = valkey.url
 
         self._report.waiting("the gateway")
         self._gateway = self._service("gateway", "gateway", environment, grace)
         await self._gateway.start()
-        for number in range(1, self.options.workers + 1):
-            name = "worker" if self.options.workers == 1 else f"worker {number}"
+        for name, its_environment in self._worker_environments(environment):
             # A lease longer, in which interrupted jobs leave checkpoints.
-            worker = self._service(name, "worker", environment, grace + self.settings.lease)
+            worker = self._service(name, "worker", its_environment, grace + self.settings.lease)
             self._workers.append(worker)
             await worker.start()
 
@@ -314,12 +330,22 @@ class Supervisor:
         pauses = WORKER_PAUSES if program == "worker" else SERVER_PAUSES
         return Service(name, start, lambda: tail, grace, self._report, pauses)
 
+    def _worker_environments(self, environment: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, str]]]:
+        """Name and environment of each worker."""
+        each: dict[str, Mapping[str, str]] = {
+            f"worker {pool.name}": _environment_in(pool, environment) for pool in self._pools
+        }
+        for name, its_environment in (each or {"worker": environment}).items():
+            for number in range(1, self.options.workers + 1):
+                yield name if self.options.workers == 1 else f"{name} {number}", its_environment
+
     def _environment(self) -> dict[str, str]:
         """The children's environment: ours, with what this command decides on top."""
         decided = {
             "HOST": HOST,
             "HTTP_PORT": self.options.http_port,
             "GRPC_PORT": self.options.grpc_port,
+            "POOLS_FILE": self.options.pools,
             "ENGINE": self.options.engine,
             "MODEL": self.options.model,
             "UPSTREAM_URL": self.options.upstream,
@@ -328,37 +354,27 @@ class Supervisor:
         # A person waits in front of the terminal, not a rolling update.
         defaults = {"IMG2IMG_LOG_FORMAT": "console", "IMG2IMG_DRAIN_TIMEOUT": f"{DRAIN_SECONDS:g}"}
         ours = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
-        given = {f"IMG2IMG_{name}": str(value) for name, value in decided.items() if value is not None}
+        given = {f"{PREFIX}{name}": str(value) for name, value in decided.items() if value is not None}
         return defaults | ours | given
 
 
-async def settle_ports(options: UpOptions) -> UpOptions:
+def _environment_in(pool: Pool, environment: Mapping[str, str]) -> dict[str, str]:
+    """That of a worker of the pool; credentials of the upstream go only to who needs them."""
+    calls = pool.engine == "cloudflare"
+    needed = {name: value for name, value in environment.items() if calls or not name.startswith(FOR_UPSTREAM)}
+    return {**needed, f"{PREFIX}QUEUE": pool.name}
+
+
+def _a_worker(pools: Sequence[str]) -> str:
+    return f"a worker of {' and '.join(pools)}" if pools else "a worker to load its model"
+
+
+async def _with_free_ports(options: UpOptions) -> UpOptions:
     """The options with free ports in place of 0.
 
     Raises:
         ConfigurationError: a port cannot be used; names it, why, and the option that changes it.
     """
-    with contextlib.ExitStack() as sockets:
-        # All are held until all are found, so that no two are the same.
-        http_port = await _reserve(sockets, options.http_port, "--http-port")
-        grpc_port = await _reserve(sockets, options.grpc_port, "--grpc-port")
+    wanted = {"--http-port": options.http_port, "--grpc-port": options.grpc_port}
+    http_port, grpc_port = await free_ports(HOST, wanted)
     return msgspec.structs.replace(options, http_port=http_port, grpc_port=grpc_port)
-
-
-async def _reserve(sockets: contextlib.ExitStack, port: int, option: str) -> int:
-    holder = sockets.enter_context(socket.socket())
-    # As a server does it: connections that are only lingering are no obstacle, a listener is one.
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    deadline = time.monotonic() + PORT_PATIENCE  # a gateway that was just killed needs a moment to go
-    while True:
-        try:
-            holder.bind((HOST, port))
-            holder.listen()
-        except OSError as exc:
-            if time.monotonic() > deadline:
-                why = (exc.strerror or str(exc)).lower()
-                message = f"Port {port} cannot be used ({why}): stop what uses it, or choose another with"
-                raise ConfigurationError(f"{message} {option}") from exc
-            await asyncio.sleep(0.05)
-        else:
-            return int(holder.getsockname()[1])

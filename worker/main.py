@@ -25,6 +25,7 @@ from worker.consumer import Consumer
 from worker.engines.base import Engine, EngineInfo
 from worker.engines.cloudflare import CloudflareEngine, ImageForm, UpstreamOptions, load_accounts
 from worker.engines.fake import FakeEngine
+from worker.pool import settings_of_worker
 from worker.runner import JobRunner
 from worker.safety import FakeSafetyChecker, SafetyChecker
 from worker.watchdog import Watchdog
@@ -141,7 +142,7 @@ async def _consume(consumer: Consumer, engine: Engine) -> None:
 def main() -> None:
     """Read the settings and serve; a mistake in them is one line and exit code 2."""
     try:
-        settings = Settings.from_environment()
+        settings = settings_of_worker(Settings.from_environment())
         telemetry.configure_logging(settings.log_level, settings.log_format)
         with telemetry.tracing("img2img-worker"), Watchdog(settings.stall_limit, settings.phase_limit) as watchdog:
             # Importing torch takes seconds: before there is a loop that it could hold up.

@@ -5,6 +5,7 @@ import click
 from img2img.cli.generate import generate
 from img2img.cli.jobs import jobs
 from img2img.cli.keys import keys
+from img2img.cli.pools import pools
 from img2img.cli.serve import gateway, worker
 from img2img.cli.up import demo, up
 from img2img.cli.upstream import upstream
@@ -37,5 +38,5 @@ def main() -> None:
     """Make pictures from pictures: run the service, or use one that runs."""
 
 
-for command in (up, gateway, worker, generate, jobs, verify, upstream, keys, demo):
+for command in (up, gateway, worker, generate, jobs, verify, pools, upstream, keys, demo):
     main.add_command(command)

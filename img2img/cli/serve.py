@@ -34,6 +34,7 @@ def become(program: str, given: dict[str, Any]) -> None:
 
 redis_url = setting("--redis-url", metavar="URL", help="The Redis or Valkey server, redis://… or unix://…")
 queue = setting("--queue", metavar="NAME", help="The queue's name; gateway and workers of a pool share it.")
+pools_file = setting("--pools-file", metavar="FILE", help="Several pools of workers; see docs/pools.md.")
 log_level = setting("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 
 
@@ -45,6 +46,7 @@ log_level = setting("--log-level", metavar="LEVEL", help="debug, info, warning o
 )
 @redis_url
 @queue
+@pools_file
 @setting("--host", metavar="ADDRESS", help="Where to listen; other than loopback it needs a tenants file.")
 @setting("--http-port", type=click.IntRange(0, 65535), help="Port for REST.")
 @setting("--grpc-port", type=click.IntRange(0, 65535), help="Port for gRPC.")
@@ -64,10 +66,12 @@ def gateway(**given: Any) -> None:
     short_help="Run a worker only.",
     epilog="\b\nExamples:\n"
     "  img2img worker --redis-url redis://queue:6379/0 --model runwayml/stable-diffusion-v1-5\n"
-    "  IMG2IMG_REDIS_URL=redis://queue:6379/0 img2img worker --engine fake --concurrency 4",
+    "  IMG2IMG_REDIS_URL=redis://queue:6379/0 img2img worker --engine fake --concurrency 4\n"
+    "  img2img worker --redis-url redis://queue:6379/0 --pools-file pools.toml --queue burst",
 )
 @redis_url
 @queue
+@pools_file
 @setting("--engine", type=click.Choice(ENGINES), help="What makes the pictures.")
 @setting("--model", metavar="M", help="Folder, .safetensors file or hub id of an SD 1.x model.")
 @setting("--upstream-url", metavar="URL", help="Where the engine cloudflare sends its calls.")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -21,6 +22,7 @@ img2img is ready.
   gRPC         127.0.0.1:{grpc_port}
   API docs     {url}/schema
   Data         {data_dir}
+  Queue        {redis_url}     --redis-url of `img2img pools` and `img2img upstream`
 
 Try it:
 
@@ -54,7 +56,15 @@ engine_option = click.option(
     "  img2img up\n"
     "  img2img up --engine fake --http-port 8080\n"
     "  IMG2IMG_UPSTREAM_ACCOUNT=… IMG2IMG_UPSTREAM_TOKEN=… img2img up --engine cloudflare\n"
-    "  img2img up --model ./my-model.safetensors --data-dir ./data",
+    "  img2img up --model ./my-model.safetensors --data-dir ./data\n"
+    "  img2img up --pools pools.toml --workers 2",
+)
+@click.option(
+    "--pools",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    envvar="IMG2IMG_POOLS_FILE",
+    help="Several pools of workers (docs/pools.md), in place of --engine and --model.",
 )
 @engine_option
 @click.option(
@@ -96,9 +106,10 @@ engine_option = click.option(
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="Worker processes; each loads the model.",
+    help="Worker processes, of each pool; each loads the model.",
 )
-def up(data_dir: Path | None, **given: Any) -> None:
+@click.pass_context
+def up(context: click.Context, /, data_dir: Path | None, **given: Any) -> None:
     """Run everything on this machine: queue server, gateway and workers.
 
     It listens on 127.0.0.1 only and needs no key. Ctrl-C stops it in order: running jobs get a few seconds to
@@ -106,11 +117,23 @@ def up(data_dir: Path | None, **given: Any) -> None:
     """
     from img2img.up import UpOptions
 
+    if given["pools"] is not None:
+        _refuse_what_pools_decide(context)
     options = UpOptions(
         data_dir=(data_dir or default_data_dir()).absolute(),
         **given,
     )
     _run(options, _serve)
+
+
+def _refuse_what_pools_decide(context: click.Context) -> None:
+    """Raise ``UsageError`` if engine or model are on the command line; their variables are the workers' to check."""
+    for name in ("engine", "model"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--{name} does not go with a pools file, which says the {name} of each pool: "
+                f"leave out --{name}, or --pools (IMG2IMG_POOLS_FILE)"
+            )
 
 
 @click.command(hidden=True, epilog="\b\nExample:\n  img2img demo --engine fake")
@@ -159,6 +182,7 @@ def ready_text(supervisor: "Supervisor") -> str:
         url=options.http_url,
         grpc_port=options.grpc_port,
         data_dir=options.data_dir,
+        redis_url=supervisor.redis_url,
         account="YOUR_ACCOUNT" if keys else "local",
         whose=f"keys as in {supervisor.settings.tenants_file}" if keys else 'account "local", any token or none',
         key=' -H "Authorization: Bearer $IMG2IMG_KEY"' if keys else "",

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import click
 import pytest
@@ -89,6 +90,16 @@ def test_worker_options_become_settings() -> None:
     )
     assert ended.returncode == 2
     assert "img2img worker: IMG2IMG_REDIS_URL: it must begin with redis://" in ended.stderr
+
+
+def test_a_worker_takes_what_it_is_from_its_pool(tmp_path: Path) -> None:
+    """An engine that the pools file contradicts is told in one line."""
+    file = tmp_path / "pools.toml"
+    file.write_text('[[pools]]\nname = "gpu"\nengine = "diffusion"\n[[routes]]\npools = ["gpu"]\n')
+    ended = run("worker", "--pools-file", str(file), "--queue", "gpu", "--engine", "fake")
+    assert ended.returncode == 2
+    assert "img2img worker: IMG2IMG_ENGINE is 'fake', and the engine of pool 'gpu'" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_worker_that_calls_an_upstream_needs_an_account() -> None:

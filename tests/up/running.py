@@ -144,11 +144,12 @@ class Terminal:
 
 
 class Up(Terminal):
-    """``img2img up`` with the fake engine on free ports, ready."""
+    """``img2img up`` with the fake engine, or a pools file, on free ports; ready."""
 
-    def __init__(self, data_dir: Path, *arguments: str, **environment: str) -> None:
+    def __init__(self, data_dir: Path, *arguments: str, pools: Path | None = None, **environment: str) -> None:
         ports = ("--http-port", "0", "--grpc-port", "0")
-        super().__init__("up", "--engine", "fake", "--data-dir", str(data_dir), *ports, *arguments, **environment)
+        what = ("--engine", "fake") if pools is None else ("--pools", str(pools))
+        super().__init__("up", *what, "--data-dir", str(data_dir), *ports, *arguments, **environment)
 
     def __enter__(self) -> Self:
         try:
