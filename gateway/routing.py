@@ -5,6 +5,8 @@ What a job may do is settled here, at its submission, and stays on its record: a
 
 from typing import Final
 
+import msgspec
+
 from img2img.errors import ConfigurationError, ModelNotFound, ResidencyConflict, Unsupported
 from img2img.pools import LACKS, Pool, Pools, RequestClass, Route, class_of
 from img2img.queue_types import Candidate, Share
@@ -13,6 +15,14 @@ from img2img.server import milliseconds
 from img2img.settings import Settings
 
 MILLIONTHS: Final = 1_000_000
+
+
+class Routed(msgspec.Struct, frozen=True):
+    """A request that may be submitted: with what its account is entitled to, and the pools that may run it."""
+
+    checked: CheckedRequest
+    share: Share
+    pools: tuple[Candidate, ...]
 
 
 class Router:

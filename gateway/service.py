@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from gateway.attendance import Attendance, end_of, waiting
-from gateway.routing import Router
+from gateway.routing import Routed, Router
 from gateway.tenants import Tenants
 from img2img import telemetry
 from img2img.batches import BatchStore
@@ -266,7 +266,7 @@ class JobService:
         pools = await asyncio.gather(*(self.queues[name].stats() for name in names))
         return ServiceStats.of(dict(zip(names, pools, strict=True)))
 
-    async def _check(self, order: Order) -> CheckedRequest:
+    async def _check(self, order: Order) -> Routed:
         limits, body = self._settings.request_limits, order.body
         size = 0
         if isinstance(body, dict):
@@ -277,14 +277,16 @@ class JobService:
             checked = await asyncio.to_thread(build_request, body, order.options, limits, order.deadline)
         else:
             checked = build_request(body, order.options, limits, order.deadline)
-        return checked.reproducibly() if self._settings.reproducible else checked
+        if self._settings.reproducible:
+            checked = checked.reproducibly()
+        share = self._tenants.share_of(order.account, self._settings.max_queued_per_tenant)
+        return Routed(checked, share, self._router.candidates(checked, share))
 
     async def _submit(
-        self, order: Order, checked: CheckedRequest, waiter: Waiter | None = None, job_id: str | None = None
+        self, order: Order, routed: Routed, waiter: Waiter | None = None, job_id: str | None = None
     ) -> Submitted:
+        checked, share, pools = routed.checked, routed.share, routed.pools
         lifetime = self._lifetime(order, checked)
-        share = self._tenants.share_of(order.account, self._settings.max_queued_per_tenant)
-        pools = self._router.candidates(checked, share)
         job_id = job_id or self._queue.new_id()
         with telemetry.send_span(pools[0].name, job_id) as trace:
             inputs = await self._store_inputs(job_id, checked, lifetime)

@@ -3,8 +3,10 @@
     [[tenants]]
     account = "acme"
     key_sha256 = ["<64 hexadecimal digits>"]
-    weight = 2.0        # optional: its share of the workers' time, 1 by default
-    max_queued = 500    # optional: how many of its jobs may wait, IMG2IMG_MAX_QUEUED_PER_TENANT by default
+    weight = 2.0           # optional: its share of the workers' time, 1 by default
+    max_queued = 500       # optional: how many of its jobs may wait, IMG2IMG_MAX_QUEUED_PER_TENANT by default
+    residency = "local"    # optional: its jobs go to no pool that makes pictures outside, "any" by default
+    spend_per_day = 2.5    # optional: what its jobs may cost on a day (UTC) in each pool, the pool's own cap by default
 
 Keys are looked up by their SHA-256. A look-up needs no constant-time comparison: what its timing could
 reveal is the beginning of a stored hash, and nobody can make a key whose hash begins as he likes without
@@ -29,12 +31,15 @@ from img2img.errors import (
     NotFound,
     Unauthenticated,
 )
+from img2img.pools import Amount
 from img2img.queue_types import Share
 
 LOCAL_ACCOUNT: Final = "local"
 MIN_WEIGHT: Final = 0.001
 MAX_WEIGHT: Final = 1000.0
 CHECK_INTERVAL: Final = 1.0  # seconds between looks at the file
+ANYWHERE: Final = "any"
+LOCAL: Final = "local"
 REMEDY: Final = "make an entry with `img2img keys new ACCOUNT`"
 
 _ACCOUNT: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -51,6 +56,8 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key_sha256: list[str]
     weight: Annotated[float, msgspec.Meta(ge=MIN_WEIGHT, le=MAX_WEIGHT)] = 1.0
     max_queued: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    residency: str = ANYWHERE
+    spend_per_day: Amount | None = None
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,7 +105,12 @@ class Tenants:
         entry = self._register.entries.get(account)
         if entry is None:
             return Share(max_queued=max_queued)
-        return Share(entry.weight, max_queued if entry.max_queued is None else entry.max_queued)
+        return Share(
+            weight=entry.weight,
+            max_queued=max_queued if entry.max_queued is None else entry.max_queued,
+            local_only=entry.residency == LOCAL,
+            spend_per_day=entry.spend_per_day,
+        )
 
     def authenticate(self, authorization: str | None, account: str | None = None) -> str:
         """The account of a request; ``authorization`` is its header, ``account`` the one in its URL.
@@ -170,8 +182,11 @@ def _read(path: Path) -> Register:
     entries: dict[str, Entry] = {}
     for number, entry in enumerate(content.tenants, 1):
         _add(accounts, entry, f"{path}: tenant {number} ({entry.account!r})")
-        # Two entries of an account are one account with more keys; what the first says of its share counts.
-        entries.setdefault(entry.account, entry)
+        # Two entries of an account are one account with more keys; what the first says of its share counts,
+        # but what one of them keeps here stays here.
+        first = entries.setdefault(entry.account, entry)
+        if entry.residency == LOCAL:
+            entries[entry.account] = msgspec.structs.replace(first, residency=LOCAL)
     if not accounts:
         raise ConfigurationError(f"{path} has no tenants, so nobody could use the service: {REMEDY}")
     return Register(accounts, entries)
@@ -180,6 +195,10 @@ def _read(path: Path) -> Register:
 def _add(accounts: dict[str, str], entry: Entry, where: str) -> None:
     if not _ACCOUNT.fullmatch(entry.account):
         raise ConfigurationError(f"{where}: an account id has 1 to 64 letters, digits, '-' and '_': rename it")
+    if entry.residency not in (ANYWHERE, LOCAL):
+        raise ConfigurationError(
+            f"{where}: residency is {entry.residency!r}: write {ANYWHERE!r}, or {LOCAL!r} to keep its pictures here"
+        )
     if not entry.key_sha256:
         raise ConfigurationError(f"{where}: key_sha256 is empty: {REMEDY}, or remove the tenant")
     for number, digest in enumerate(entry.key_sha256, 1):

@@ -28,10 +28,11 @@ from typing import Annotated, Final, Literal, Self
 import msgspec
 
 from img2img.errors import ConfigurationError
-from img2img.requests import JobOptions, Parameters
+from img2img.requests import MODEL_NAME, MODEL_NAME_RULE, JobOptions, Parameters
+from img2img.sizes import resolve_size
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-MODEL_NAME: Final = re.compile(r"[!-~]{1,128}")
+PRICED_SIZE: Final = (512, 512)
 PRICED_PIXELS: Final = 512 * 512
 REMEDY: Final = "see docs/pools.md"
 
@@ -89,10 +90,8 @@ class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return self.job_price > 0 or self.step_price > 0
 
     def price_of(self, parameters: Parameters) -> float:
-        """What a call that makes this picture costs; a size that is not given counts as 512x512."""
-        width, height = parameters.width, parameters.height
-        area = 1.0 if width is None or height is None else width * height / PRICED_PIXELS
-        return self.job_price + self.step_price * parameters.steps * area
+        """What a call that makes this picture costs, by an engine whose own size is 512x512."""
+        return self.job_price + self.step_price * parameters.steps * _pixels(parameters) / PRICED_PIXELS
 
     def why_not(self, parameters: Parameters, options: JobOptions) -> tuple[str, str] | None:
         """The field for which this pool cannot run such a job, and why; None if it can."""
@@ -101,10 +100,10 @@ class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
                 return f"options.{option}", f"{why}: leave the option out"
         if self.max_steps is not None and parameters.num_steps > self.max_steps:
             return "num_steps", f"it takes at most {self.max_steps} steps: ask for fewer"
-        pixels = (parameters.width or 0) * (parameters.height or 0)
-        if self.max_pixels is not None and pixels > self.max_pixels:
+        given = "width" if parameters.width is not None else "height" if parameters.height is not None else None
+        if self.max_pixels is not None and given is not None and _pixels(parameters) > self.max_pixels:
             side = math.isqrt(self.max_pixels)
-            return "width", f"it makes at most {self.max_pixels} pixels ({side}x{side}): ask for fewer"
+            return given, f"it makes at most {self.max_pixels} pixels ({side}x{side}): ask for fewer"
         return None
 
 
@@ -174,6 +173,13 @@ def class_of(parameters: Parameters) -> RequestClass:
     return RequestClass.TEXT_TO_IMAGE if parameters.image is None else RequestClass.IMAGE_TO_IMAGE
 
 
+def _pixels(parameters: Parameters) -> int:
+    picture = parameters.image
+    source = None if picture is None else (picture.width, picture.height)
+    width, height = resolve_size(parameters.width, parameters.height, PRICED_SIZE, source)
+    return width * height
+
+
 def _check_pools(path: Path, pools: Sequence[Pool]) -> None:
     names: set[str] = set()
     for pool in pools:
@@ -195,7 +201,7 @@ def _check_routes(path: Path, content: File) -> None:
     for number, route in enumerate(content.routes, 1):
         where = f"{path}: route {number}"
         if route.model is not None and not MODEL_NAME.fullmatch(route.model):
-            raise ConfigurationError(f"{where}: a model's name has 1 to 128 visible ASCII characters: rename it")
+            raise ConfigurationError(f"{where}: a model's name has {MODEL_NAME_RULE}: rename it")
         for name in route.pools:
             if name not in names:
                 raise ConfigurationError(f"{where} names the pool {name!r}, which is not in the file: add or rename it")

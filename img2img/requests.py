@@ -9,6 +9,7 @@ import base64
 import contextlib
 import hashlib
 import math
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -21,9 +22,12 @@ import msgspec
 from img2img.errors import InvalidRequest
 from img2img.images import PictureInfo, PictureLimits, probe
 from img2img.schema import INPUT_SCHEMA, validate
+from img2img.sizes import SIZE_MULTIPLE
 
-SIZE_MULTIPLE: Final = 8
 MAX_SEED: Final = 2**64 - 1
+MODEL_NAME: Final = re.compile(r"[!-.0-~](?:[!-~]{0,126}[!-.0-~])?")
+MODEL_NAME_RULE: Final = "1 to 128 visible ASCII characters, no '/' first or last"
+"""A name is part of a URL in Cloudflare's dialect."""
 MAX_GUIDANCE: Final = 50.0
 MAX_NOTED: Final = 5
 """Unknown fields that are named in warnings; the others are counted."""
@@ -67,7 +71,10 @@ class Img2ImgRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What the seed's schema does not have; the same on the native API and gRPC."""
+    """What the seed's schema does not have; the same on the native API and gRPC.
+
+    ``model`` is a name that the pools file has routes for; None leaves the choice to the service.
+    """
 
     priority: int = 0
     deadline_seconds: float | None = None
@@ -198,6 +205,10 @@ def build_options(options: object, limits: RequestLimits, deadline: float | None
         raise InvalidRequest("options.priority", "'/options/priority' must be between -10 and 10")
     if not 1 <= built.output_quality <= 100:
         raise InvalidRequest("options.output_quality", "'/options/output_quality' must be between 1 and 100")
+    if built.model is not None and not MODEL_NAME.fullmatch(built.model):
+        raise InvalidRequest(
+            "options.model", f"'/options/model' must have {MODEL_NAME_RULE}: name a model, or leave it out"
+        )
     seconds = built.deadline_seconds
     if seconds is not None and not 0 < seconds <= limits.max_deadline:
         raise InvalidRequest(

@@ -9,6 +9,7 @@ import zlib
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -25,6 +26,8 @@ PROTO_RANGE: Final = {"grpc": "protobuf integers have a range"}
 FORM_TEXT: Final = {"form": "the parts of a form are text"}
 FILES_ARE_BYTES: Final = {"form": "a file has only bytes", "grpc": "a bytes field has only bytes"}
 AN_INSTANT: Final = {"grpc": "a Timestamp is an instant"}
+ROUTED: Final = "sd-1.5"
+"""A model that the gateway has a route for."""
 NO_NAN: Final = dict.fromkeys(("cloudflare", "json", "form"), "JSON has no NaN")
 
 
@@ -92,6 +95,15 @@ def turned() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     return picture(64, 48, "JPEG", exif=exif)
+
+
+def write_pools(path: Path, *models: str) -> str:
+    """A pools file in which the worker of the queue ``default`` makes everything, whichever of ``models`` is named."""
+    routes = ['pools = ["default"]\n', *(f'pools = ["default"]\nmodel = "{model}"\n' for model in models)]
+    path.write_text(
+        "".join(['[[pools]]\nname = "default"\nengine = "fake"\n', *("[[routes]]\n" + it for it in routes)])
+    )
+    return str(path)
 
 
 def ahead(**time: float) -> str:
@@ -169,6 +181,7 @@ JOBS: Final = (
     option("reject if busy", reject_if_busy=True),
     option("reproducible", reproducible=True),
     option("previews", previews=True),
+    option("model", model=ROUTED),
     option("not before a time long past", not_before="2020-01-01T00:00:00.250000Z"),
     option("not before next week", not_before=ahead(days=7)),
     option("not before, but by a deadline", not_before=ahead(hours=1), deadline_seconds=7200),
@@ -260,6 +273,12 @@ ERRORS: Final = (
     option("not before its deadline", "invalid_request", "not_before", not_before=ahead(hours=1), deadline_seconds=60),
     option("reproducible a number", "invalid_request", "reproducible", PROTO_TYPES, reproducible=1),
     option("previews text", "invalid_request", "previews", PROTO_TYPES, previews="small"),
+    option("model empty", "invalid_request", "model", model=""),
+    option("model with a space", "invalid_request", "model", model="sd 1.5"),
+    option("model beyond ASCII", "invalid_request", "model", model="süß"),
+    option("model after a slash", "invalid_request", "model", model="/sd-1.5"),
+    option("model too long", "invalid_request", "model", model="m" * 129),
+    option("model a number", "invalid_request", "model", PROTO_TYPES, model=1.5),
     option("unknown sampler", "invalid_request", "sampler", {"grpc": "an enum has no unknown names"}, sampler="magic"),
     option("unknown", "invalid_request", "", PROTO_NAMES, priorty=1),
 )

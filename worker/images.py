@@ -1,11 +1,10 @@
-"""Pictures on their way in and out of an engine: decoding, sizes, encoding.
+"""Pictures on their way in and out of an engine: decoding, encoding.
 
 The gateway has read the headers (``img2img.images.probe``); only here is every pixel decoded, so a file that
 ends early or holds garbage is found here. All of it is plain CPU work: call it in a thread.
 """
 
 import io
-import math
 from typing import Final
 
 from PIL import Image
@@ -13,12 +12,9 @@ from PIL import Image
 from img2img.errors import InvalidImage
 from img2img.images import HEADER_ERRORS, PictureLimits, open_picture, orientation, to_rgb
 from img2img.jobs import PreviewPicture
-from img2img.requests import SIZE_MULTIPLE, Inputs, OutputFormat
+from img2img.requests import Inputs, OutputFormat
 from worker.engines.base import Pictures
 from worker.metadata import Metadata, exif_block, png_chunks
-
-MIN_SIDE: Final = 256
-MAX_SIDE: Final = 2048
 
 MASK_THRESHOLD: Final = 128
 TURNS: Final = {
@@ -58,29 +54,6 @@ def decode_inputs(inputs: Inputs, limits: PictureLimits) -> Pictures:
     if image is not None and mask is not None and mask.size != image.size:
         mask = mask.resize(image.size, Image.Resampling.NEAREST)
     return Pictures(image=image, mask=mask)
-
-
-def resolve_size(
-    width: int | None, height: int | None, native: tuple[int, int], picture: Image.Image | None
-) -> tuple[int, int]:
-    """The output's (width, height) in pixels; computed sides are multiples of 8 within 256..2048.
-
-    Both given: those. None given: ``native``, or with a picture its aspect ratio at the native pixel count,
-    scaled up where a side would fall below 256 so that the picture is not squeezed. One given: the other
-    follows the aspect ratio of the picture, or of ``native``.
-    """
-    if width is not None and height is not None:
-        return width, height
-    across, down = native if picture is None else picture.size
-    if width is not None:
-        return width, _side(width * down / across)
-    if height is not None:
-        return _side(height * across / down), height
-    if picture is None:
-        return native
-    scale = math.sqrt(native[0] * native[1] / (across * down))
-    scale = min(max(scale, MIN_SIDE / min(across, down)), MAX_SIDE / max(across, down))
-    return _side(across * scale), _side(down * scale)
 
 
 def encode_picture(
@@ -132,8 +105,3 @@ def _load(field: str, data: bytes, limits: PictureLimits) -> Image.Image:
 def _to_mask(picture: Image.Image) -> Image.Image:
     luminance = to_rgb(picture).convert("L")
     return luminance.point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))
-
-
-def _side(pixels: float) -> int:
-    rounded = int(pixels / SIZE_MULTIPLE + 0.5) * SIZE_MULTIPLE
-    return min(max(rounded, MIN_SIDE), MAX_SIDE)

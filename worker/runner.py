@@ -36,6 +36,7 @@ from img2img.queue_types import Claim
 from img2img.requests import Inputs
 from img2img.server import milliseconds
 from img2img.settings import Settings
+from img2img.sizes import resolve_size
 from worker.attempt import Attempt, Stop
 from worker.engines.base import (
     Answered,
@@ -49,7 +50,7 @@ from worker.engines.base import (
     Sent,
     Task,
 )
-from worker.images import decode_inputs, encode_picture, resolve_size
+from worker.images import decode_inputs, encode_picture
 from worker.metadata import describe
 from worker.reports import Reports
 from worker.safety import SafetyChecker, check_picture
@@ -260,7 +261,8 @@ class JobRunner:
     def _task(self, attempt: Attempt, pictures: Pictures) -> Task:
         spec = attempt.claim.spec
         asked, options = spec.parameters, spec.options
-        width, height = resolve_size(asked.width, asked.height, self._engine.info.native_size, pictures.image)
+        source = None if pictures.image is None else pictures.image.size
+        width, height = resolve_size(asked.width, asked.height, self._engine.info.native_size, source)
         return Task(
             prompt=asked.prompt,
             negative_prompt=asked.negative_prompt or "",

@@ -26,8 +26,8 @@ def is_poll(body: object) -> bool:
     return isinstance(body, dict) and isinstance(body.get("request_id"), str) and "prompt" not in body
 
 
-async def submit(front: Front, account: str, body: object) -> dict[str, Any]:
-    """Queue every request of the batch, or none.
+async def submit(front: Front, account: str, body: object, model: str | None) -> dict[str, Any]:
+    """Queue every request of the batch, or none; ``model`` is their ``options.model``.
 
     Raises:
         InvalidRequest: names the request, as ``/requests/3``, and its field.
@@ -37,10 +37,13 @@ async def submit(front: Front, account: str, body: object) -> dict[str, Any]:
         raise InvalidRequest("requests", "'/requests' must be an array of at least one request")
     if len(requests) > MAX_REQUESTS:
         raise RequestTooLarge(f"A batch may have {MAX_REQUESTS} requests: split it")
-    orders = [Order(front_end="cloudflare-batch", account=account, body=request) for request in requests]
+    options = {"model": model}
+    orders = [
+        Order(front_end="cloudflare-batch", account=account, body=request, options=options) for request in requests
+    ]
     references = [request.get(REFERENCE) if isinstance(request, dict) else None for request in requests]
     batch_id = await front.service.create_batch(account, orders, references)
-    return {"status": "queued", "request_id": batch_id, "model": catalog.MODEL}
+    return {"status": "queued", "request_id": batch_id, "model": model or catalog.MODEL}
 
 
 async def poll(front: Front, account: str, body: Any, request_id: str) -> Response[Any]:
@@ -53,7 +56,8 @@ async def poll(front: Front, account: str, body: Any, request_id: str) -> Respon
     jobs, references = await front.service.get_batch(account, batch_id)
     if not all(job.is_terminal for job in jobs):
         started = any(job.state != JobState.QUEUED for job in jobs)
-        state = {"status": "running" if started else "queued", "request_id": batch_id, "model": catalog.MODEL}
+        model = jobs[0].spec.options.model or catalog.MODEL
+        state = {"status": "running" if started else "queued", "request_id": batch_id, "model": model}
         return success(state, request_id)
     pieces = _pieces(front, jobs, references, request_id)
     # As a header: a Litestar stream takes the route's media type before its own.

@@ -5,6 +5,7 @@ is gone; in both cases the job lives on for a grace period in which the SDK's re
 """
 
 import re
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Final
 
@@ -29,7 +30,7 @@ from gateway.service import Order
 from img2img.errors import Img2ImgError, ModelNameInvalid, ModelNotFound, error_of
 
 RETRY_HEADER: Final = "x-stainless-retry-count"
-MODEL_NAME: Final = re.compile(r"@[a-z]+/[\w.-]+/[\w.-]+")
+CLOUDFLARE_NAME: Final = re.compile(r"@[a-z]+/[\w.-]+/[\w.-]+")
 
 
 class CloudflareController(Controller):
@@ -53,21 +54,21 @@ class CloudflareController(Controller):
     ) -> Response[bytes]:
         """Run the model as Cloudflare does: raw PNG bytes, or an error envelope.
 
-        The model may be spelt with `/` or `%2F`; the body is JSON whatever its type says. `?queueRequest=true`
-        takes a batch.
+        The model is Cloudflare's, or one that the service has routes for, and may be spelt with `/` or `%2F`; the body
+        is JSON whatever its type says. `?queueRequest=true` takes a batch.
         """
         account = front.authenticate(request, account_id)
         request_id = new_request_id()
         request.scope["state"][REQUEST_ID] = request_id
-        check_model(model.strip("/"))
+        chosen = check_model(model.strip("/"), front.service.models)
         is_batch = request.query_params.get("queueRequest", "").lower() == "true"
         async with AsyncExitStack() as stack:
             async with front.body(request, limit=batch.MAX_BYTES if is_batch else None) as body:
                 if batch.is_poll(body):
                     return await batch.poll(front, account, body, request_id)
                 if is_batch:
-                    return success(await batch.submit(front, account, body), request_id)
-                order = _order(request, account, body)
+                    return success(await batch.submit(front, account, body, chosen), request_id)
+                order = _order(request, account, body, chosen)
                 attendance = await stack.enter_async_context(front.service.attend(order, front.settings.retry_grace))
                 del body, order  # the wait may be long, and the picture is stored
             async with front.drain.bound():
@@ -92,16 +93,18 @@ class CloudflareController(Controller):
     ) -> Response[bytes]:
         """List the models that match."""
         front.authenticate(request, account_id)
-        found = catalog.search_models(author=author, task=task, search=search, hide_experimental=hide_experimental)
+        found = catalog.search_models(
+            front.service.models, author=author, task=task, search=search, hide_experimental=hide_experimental
+        )
         return _page(found, page, per_page)
 
     @get("/models/schema", responses=envelopes(400, 401, 403, 404))
     async def model_schema(
         self, request: AnyRequest, front: FrontDependency, account_id: FromPath[str], model: FromQuery[str]
     ) -> Response[bytes]:
-        """Input and output schema of a model."""
+        """Input and output schema of a model, the same for all."""
         front.authenticate(request, account_id)
-        check_model(model)
+        check_model(model, front.service.models)
         return success(catalog.model_schema(), new_request_id())
 
     @get("/tasks/search", responses=envelopes(400, 401, 403, 404))
@@ -113,20 +116,23 @@ class CloudflareController(Controller):
         return _page([catalog.TASK], 1, 20)
 
 
-def check_model(name: str) -> None:
-    """Refuse other models than ours.
+def check_model(name: str, models: Sequence[str]) -> str | None:
+    """What to ask for as ``options.model``: one of ``models``, or None for Cloudflare's if that is none of them.
 
     Raises:
         ModelNameInvalid: not of the form ``@cf/author/model``.
         ModelNotFound: of that form, but not ours.
     """
-    if MODEL_NAME.fullmatch(name) is None:
+    if name in models:
+        return name
+    if CLOUDFLARE_NAME.fullmatch(name) is None:
         raise ModelNameInvalid(f"{name!r} is not of the form @cf/author/model")
     if name != catalog.MODEL:
         raise ModelNotFound(f"No such model {name} or task")
+    return None
 
 
-def _order(request: AnyRequest, account: str, body: object) -> Order:
+def _order(request: AnyRequest, account: str, body: object, model: str | None) -> Order:
     asked = body.get("options") if isinstance(body, dict) else None
     busy = isinstance(asked, dict) and asked.get("rejectIfBusy") is True
     tries = request.headers.get(RETRY_HEADER, "")
@@ -134,7 +140,7 @@ def _order(request: AnyRequest, account: str, body: object) -> Order:
         front_end="cloudflare",
         account=account,
         body=body,
-        options={"reject_if_busy": True} if busy else None,
+        options={"reject_if_busy": busy, "model": model},
         idempotency_key=idempotency_key(request),
         retry=tries.isdecimal() and tries.strip("0") != "",
     )

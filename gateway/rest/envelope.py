@@ -57,6 +57,7 @@ ERRORS: Final[dict[type[Img2ImgError], Dialect]] = {
     errors.Img2ImgError: Dialect(3043, 500, "AiError: Internal server error: {detail} ({id})"),
     errors.InvalidRequest: Dialect(5006, 400, "AiError: Bad input: Error: {detail} ({id})"),
     errors.InvalidImage: Dialect(3010, 400, "AiError: Invalid or incomplete input for the model: {detail} ({id})"),
+    errors.Unsupported: Dialect(3030, 400, "AiError: Model input is not valid: {detail} ({id})"),
     errors.MalformedBody: Dialect(3010, 400, "AiError: Invalid or incomplete input for the model: {detail} ({id})"),
     errors.MissingBody: Dialect(3003, 400, "AiError: Request is missing headers or body: body ({id})"),
     errors.RequestTooLarge: Dialect(3006, 413, "AiError: Request is too large: {detail} ({id})"),
@@ -68,6 +69,9 @@ ERRORS: Final[dict[type[Img2ImgError], Dialect]] = {
     errors.JobNotFound: Dialect(7003, 404, "AiError: {detail} ({id})"),
     errors.ModelNotFound: Dialect(5007, 400, "AiError: {detail} ({id})"),
     errors.ModelNameInvalid: Dialect(3042, 404, "AiError: The model name is invalid: {detail} ({id})"),
+    errors.ResidencyConflict: Dialect(
+        5018, 403, "AiError: This account is not allowed to access this model: {detail} ({id})"
+    ),
     errors.IdempotencyConflict: Dialect(3010, 409, "AiError: {detail} ({id})", retry=False),
     errors.NotReplayable: Dialect(3010, 409, "AiError: {detail} ({id})", retry=False),
     errors.ResultNotReady: Dialect(3010, 409, "AiError: {detail} ({id})", retry=False),
@@ -75,6 +79,8 @@ ERRORS: Final[dict[type[Img2ImgError], Dialect]] = {
     errors.Retryable: Dialect(3043, 503, "AiError: Internal server error: {detail} ({id})"),
     errors.NoCapacity: NO_CAPACITY,
     errors.Congested: NO_CAPACITY,
+    # Gone at the end of the day, which no SDK's retries reach.
+    errors.SpendCapReached: Dialect(3036, 429, "AiError: Daily allocation used up: {detail} ({id})", retry=False),
     errors.TooManyBytesInFlight: NO_CAPACITY,
     errors.WaitTimeout: Dialect(3007, 408, "AiError: Request timeout: {detail} ({id})"),
     errors.ClientClosed: Dialect(3008, 408, "AiError: Request was aborted ({id})"),

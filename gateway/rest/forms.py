@@ -16,6 +16,8 @@ NUMBERS: Final = frozenset(
     name for name, rule in INPUT_SCHEMA["properties"].items() if rule["type"] in ("integer", "number")
 )
 OPTION_PREFIX: Final = "options."
+TEXT_OPTIONS: Final = frozenset({"model"})
+"""Options that are text even where it looks like JSON, such as a model named ``1.5``."""
 THREAD_ABOVE: Final = 256 * 1024
 
 
@@ -58,7 +60,8 @@ def _decode(raw: bytes, boundary: str) -> dict[str, object]:
             if name in NUMBERS or name == "options":
                 fields[name] = _scalar(text)
             elif name.startswith(OPTION_PREFIX):
-                options[name.removeprefix(OPTION_PREFIX)] = _scalar(text)
+                option = name.removeprefix(OPTION_PREFIX)
+                options[option] = text if option in TEXT_OPTIONS else _scalar(text)
             else:
                 fields[name] = text
     except (MultipartError, UnicodeDecodeError) as exc:

@@ -51,7 +51,7 @@ class JobsController(Controller):
         status_code=202,
         responses={
             200: ResponseSpec(JobView, description="The job, which has ended already"),
-            **problems(400, 401, 409, 413, 429, 503),
+            **problems(400, 401, 403, 404, 409, 413, 429, 503),
         },
     )
     async def create(self, request: AnyRequest, front: FrontDependency) -> Response[JobView]:
@@ -143,7 +143,7 @@ class JobsController(Controller):
         account = front.authenticate(request)
         return job_view(await front.service.cancel(account, job_id))
 
-    @post("/jobs/{job_id:str}/replay", status_code=200, responses=problems(400, 401, 404, 409, 503))
+    @post("/jobs/{job_id:str}/replay", status_code=200, responses=problems(400, 401, 404, 409, 429, 503))
     async def replay(self, request: AnyRequest, front: FrontDependency, job_id: JobId) -> JobView:
         """Run a failed, canceled or expired job again under its id; one that is queued or runs goes on as it is."""
         account = front.authenticate(request)

@@ -58,6 +58,12 @@ OPTIONS: Final = Schema(
         "previews": Schema(
             type=OpenAPIType.BOOLEAN, default=False, description="Send small pictures as `preview` events meanwhile."
         ),
+        "model": Schema(
+            type=OpenAPIType.STRING,
+            min_length=1,
+            max_length=128,
+            description="A model that the service has routes for; without it the service's choice.",
+        ),
     },
 )
 

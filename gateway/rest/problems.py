@@ -25,6 +25,7 @@ STATUS: Final[dict[type[Img2ImgError], int]] = {
     errors.Unauthenticated: 401,
     errors.AccountMismatch: 403,
     errors.NotFound: 404,
+    errors.ResidencyConflict: 403,
     errors.IdempotencyConflict: 409,
     errors.NotReplayable: 409,
     errors.ResultNotReady: 409,

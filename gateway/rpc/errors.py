@@ -36,6 +36,7 @@ STATUS: Final[dict[type[Img2ImgError], StatusCode]] = {
     errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
     errors.AccountMismatch: StatusCode.PERMISSION_DENIED,
     errors.NotFound: StatusCode.NOT_FOUND,
+    errors.ResidencyConflict: StatusCode.PERMISSION_DENIED,
     errors.IdempotencyConflict: StatusCode.ALREADY_EXISTS,
     errors.NotReplayable: StatusCode.FAILED_PRECONDITION,
     errors.ResultNotReady: StatusCode.FAILED_PRECONDITION,
@@ -64,6 +65,7 @@ QUOTAS: Final[dict[type[Img2ImgError], str]] = {
     errors.QueueFull: "queued jobs",
     errors.AccountQueueFull: "queued jobs of the account",
     errors.DeadlineUnreachable: "time until the deadline",
+    errors.SpendCapReached: "spend of the day",
     errors.TooManyBytesInFlight: "request bytes in flight",
 }
 

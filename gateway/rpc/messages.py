@@ -58,6 +58,7 @@ def job_message(job: Job) -> pb.Job:
         crashes=job.crashes,
         interruptions=job.interruptions,
         replays=job.replays,
+        pool=job.pool,
         history=map(_past_attempt, job.history),
         warnings=spec.warnings,
     )
@@ -110,6 +111,9 @@ def event_message(event: JobEvent, attempt: int) -> pb.WatchJobResponse:
             message.error.CopyFrom(_error(Failure(code, text)))
         case {"replays": int(replays)}:
             message.replays = replays
+        case {"pool": str(pool)} if event.move is not None:
+            message.pool = pool
+            message.moved.CopyFrom(pb.Move(**msgspec.structs.asdict(event.move)))
     return message
 
 
@@ -154,6 +158,7 @@ def _options(options: JobOptions) -> pb.JobOptions:
         not_before=options.not_before,
         reproducible=options.reproducible,
         previews=options.previews,
+        model=options.model,
     )
 
 

@@ -30,6 +30,7 @@ OPTIONS: Final = {
     "not_before": "not_before",
     "reproducible": "reproducible",
     "previews": "previews",
+    "model": "model",
 }
 FIELDS: Final = {
     "strength": "strength",
@@ -90,6 +91,9 @@ picture_file = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--not-before", type=Time(), metavar="TIME", help="Start no sooner, as 2026-12-31T18:00 (here) or …T18:00Z."
 )
 @click.option("--reproducible", is_flag=True, help="The same bytes again for the same seed: see img2img verify.")
+@click.option(
+    "--model", metavar="NAME", help="A model that the service has routes for; without it the service's choice."
+)
 @click.option("--priority", type=int, help="-10 to 10; higher goes first.  [default: 0]")
 @click.option(
     "--preview-file",

@@ -157,6 +157,7 @@ def _print_job(job: "JobInfo", as_json: bool) -> None:
         "took": _took(job),
         "attempt": job.attempt,
         "replays": job.replays or "",
+        "pool": job.pool,
         "executed by": job.executed_by,
         "timings": ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in job.timings.items()),
         "receipt": _receipt(job.result.receipt) if job.result and job.result.receipt else "",
@@ -232,4 +233,6 @@ def _event_line(event: "Event") -> str:
         words.append(f"{shown.width}x{shown.height} {shown.media_type}, {len(shown.image):,} bytes")
     if event.replays:
         words.append(f"(replay {event.replays})")
+    if event.moved:
+        words.append(f"in {event.pool}, no longer in {event.moved.from_pool} [{event.moved.why}]")
     return " ".join(words)

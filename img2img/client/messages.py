@@ -16,6 +16,7 @@ from img2img.client.values import (
     Event,
     JobInfo,
     JobPage,
+    MoveInfo,
     RequestFields,
     ResultInfo,
 )
@@ -29,7 +30,7 @@ LONGEST_PAUSE: Final = 5.0
 FIRST_TRIES: Final = 4
 RESUME_TRIES: Final = 8
 PLAIN_OPTIONS: Final = (
-    "priority", "deadline_seconds", "output_quality", "reject_if_busy", "reproducible", "previews",
+    "priority", "deadline_seconds", "output_quality", "reject_if_busy", "reproducible", "previews", "model",
 )  # fmt: skip
 RESUMED: Final = frozenset({"unavailable", "cancelled"})  # what a gateway's restart does to a stream
 
@@ -71,6 +72,7 @@ def _options_message(options: JobOptions | None) -> pb.JobOptions | None:
         not_before=options.not_before,
         reproducible=options.reproducible,
         previews=options.previews,
+        model=options.model,
     )
 
 
@@ -91,6 +93,7 @@ def job_info(job: pb.Job) -> JobInfo:
         started_at=_time(job.start_time) if job.HasField("start_time") else None,
         finished_at=_time(job.finish_time) if job.HasField("finish_time") else None,
         executed_by=job.executed_by,
+        pool=job.pool,
         eta=EtaInfo(_time(job.eta.p50), _time(job.eta.p90)) if job.HasField("eta") else None,
         timings=_timings(job.timings),
         failures=job.failures,
@@ -117,7 +120,8 @@ def event(message: pb.WatchJobResponse) -> Event:
         steps=message.steps,
         error=_failure(message.error) if message.HasField("error") else None,
         preview=_preview(message.preview) if message.HasField("preview") else None,
-        **_present(message, "replays"),
+        moved=MoveInfo(message.moved.from_pool, message.moved.why) if message.HasField("moved") else None,
+        **_present(message, "replays", "pool"),
     )
 
 

@@ -101,6 +101,7 @@ class JobInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     ``failures``, ``crashes`` (of its workers) and ``interruptions`` count attempts without a result since the job was
     submitted or replayed; ``history`` tells of the latest ones. ``eta`` is None where nothing was measured yet.
+    ``pool`` is where the job waits, runs or ended.
     """
 
     id: str
@@ -118,6 +119,7 @@ class JobInfo(msgspec.Struct, frozen=True, kw_only=True):
     step: int | None = None
     steps: int | None = None
     executed_by: str = ""
+    pool: str = ""
     width: int | None = None
     height: int | None = None
     timings: dict[str, float] = {}
@@ -138,11 +140,19 @@ class JobPage(msgspec.Struct, frozen=True):
     next_page: str | None
 
 
+class MoveInfo(msgspec.Struct, frozen=True, rename={"from_pool": "from"}):
+    """A queued job left a pool: it was ``late`` there, or there were ``no_workers``."""
+
+    from_pool: str
+    why: str
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of a job's log; ``sequence`` counts from 1, ``step`` and ``steps`` come with progress and previews.
 
-    ``replays`` comes with the ``queued`` of a replay: how many there were. ``preview`` comes with a ``preview`` for as
-    long as the service keeps its picture: until the next one, or the attempt's end.
+    ``replays`` comes with the ``queued`` of a replay: how many there were; ``pool`` and ``moved`` with that of a move
+    to another pool. ``preview`` comes with a ``preview`` for as long as the service keeps its picture: until the next
+    one, or the attempt's end.
     """
 
     sequence: int
@@ -155,6 +165,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     error: Failure | None = None
     replays: int | None = None
+    pool: str | None = None
+    moved: MoveInfo | None = None
     preview: PreviewPicture | None = None
 
 

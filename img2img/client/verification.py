@@ -79,6 +79,7 @@ def repetition(job: JobInfo, image: bytes | Path | None = None, mask: bytes | Pa
             output_format=options.output_format,
             output_quality=options.output_quality,
             reproducible=True,
+            model=options.model,
         ),
     )
 

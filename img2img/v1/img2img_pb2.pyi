@@ -78,7 +78,7 @@ class Img2ImgRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., image: _Optional[bytes] = ..., image_b64: _Optional[str] = ..., mask: _Optional[bytes] = ..., num_steps: _Optional[int] = ..., strength: _Optional[float] = ..., guidance: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class JobOptions(_message.Message):
-    __slots__ = ("priority", "deadline_seconds", "sampler", "output_format", "output_quality", "reject_if_busy", "not_before", "reproducible", "previews")
+    __slots__ = ("priority", "deadline_seconds", "sampler", "output_format", "output_quality", "reject_if_busy", "not_before", "reproducible", "previews", "model")
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +88,7 @@ class JobOptions(_message.Message):
     NOT_BEFORE_FIELD_NUMBER: _ClassVar[int]
     REPRODUCIBLE_FIELD_NUMBER: _ClassVar[int]
     PREVIEWS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     priority: int
     deadline_seconds: float
     sampler: Sampler
@@ -97,7 +98,8 @@ class JobOptions(_message.Message):
     not_before: _timestamp_pb2.Timestamp
     reproducible: bool
     previews: bool
-    def __init__(self, priority: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., sampler: _Optional[_Union[Sampler, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_quality: _Optional[int] = ..., reject_if_busy: bool = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., reproducible: bool = ..., previews: bool = ...) -> None: ...
+    model: str
+    def __init__(self, priority: _Optional[int] = ..., deadline_seconds: _Optional[float] = ..., sampler: _Optional[_Union[Sampler, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_quality: _Optional[int] = ..., reject_if_busy: bool = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., reproducible: bool = ..., previews: bool = ..., model: _Optional[str] = ...) -> None: ...
 
 class PictureInfo(_message.Message):
     __slots__ = ("format", "width", "height", "size_bytes", "sha256")
@@ -234,7 +236,7 @@ class PastAttempt(_message.Message):
     def __init__(self, attempt: _Optional[int] = ..., worker: _Optional[str] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "state", "attempt", "parameters", "options", "seed", "create_time", "expire_time", "start_time", "finish_time", "queue_position", "step", "steps", "executed_by", "width", "height", "timings", "warnings", "error", "result", "eta", "failures", "crashes", "interruptions", "replays", "history")
+    __slots__ = ("id", "state", "attempt", "parameters", "options", "seed", "create_time", "expire_time", "start_time", "finish_time", "queue_position", "step", "steps", "executed_by", "width", "height", "timings", "warnings", "error", "result", "eta", "failures", "crashes", "interruptions", "replays", "history", "pool")
     class TimingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -268,6 +270,7 @@ class Job(_message.Message):
     INTERRUPTIONS_FIELD_NUMBER: _ClassVar[int]
     REPLAYS_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: JobState
     attempt: int
@@ -294,7 +297,8 @@ class Job(_message.Message):
     interruptions: int
     replays: int
     history: _containers.RepeatedCompositeFieldContainer[PastAttempt]
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., options: _Optional[_Union[JobOptions, _Mapping]] = ..., seed: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queue_position: _Optional[int] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., executed_by: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., timings: _Optional[_Mapping[str, float]] = ..., warnings: _Optional[_Iterable[str]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., eta: _Optional[_Union[Eta, _Mapping]] = ..., failures: _Optional[int] = ..., crashes: _Optional[int] = ..., interruptions: _Optional[int] = ..., replays: _Optional[int] = ..., history: _Optional[_Iterable[_Union[PastAttempt, _Mapping]]] = ...) -> None: ...
+    pool: str
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., options: _Optional[_Union[JobOptions, _Mapping]] = ..., seed: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queue_position: _Optional[int] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., executed_by: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., timings: _Optional[_Mapping[str, float]] = ..., warnings: _Optional[_Iterable[str]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., eta: _Optional[_Union[Eta, _Mapping]] = ..., failures: _Optional[int] = ..., crashes: _Optional[int] = ..., interruptions: _Optional[int] = ..., replays: _Optional[int] = ..., history: _Optional[_Iterable[_Union[PastAttempt, _Mapping]]] = ..., pool: _Optional[str] = ...) -> None: ...
 
 class CreateJobRequest(_message.Message):
     __slots__ = ("request", "options", "idempotency_key")
@@ -371,7 +375,7 @@ class WatchJobRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
 
 class WatchJobResponse(_message.Message):
-    __slots__ = ("sequence", "type", "time", "state", "attempt", "stage", "step", "steps", "error", "replays", "preview")
+    __slots__ = ("sequence", "type", "time", "state", "attempt", "stage", "step", "steps", "error", "replays", "preview", "pool", "moved")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
@@ -383,6 +387,8 @@ class WatchJobResponse(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     REPLAYS_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     type: str
     time: _timestamp_pb2.Timestamp
@@ -394,7 +400,17 @@ class WatchJobResponse(_message.Message):
     error: JobError
     replays: int
     preview: Preview
-    def __init__(self, sequence: _Optional[int] = ..., type: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., stage: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., replays: _Optional[int] = ..., preview: _Optional[_Union[Preview, _Mapping]] = ...) -> None: ...
+    pool: str
+    moved: Move
+    def __init__(self, sequence: _Optional[int] = ..., type: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., stage: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., replays: _Optional[int] = ..., preview: _Optional[_Union[Preview, _Mapping]] = ..., pool: _Optional[str] = ..., moved: _Optional[_Union[Move, _Mapping]] = ...) -> None: ...
+
+class Move(_message.Message):
+    __slots__ = ("from_pool", "why")
+    FROM_POOL_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    from_pool: str
+    why: str
+    def __init__(self, from_pool: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
 
 class Preview(_message.Message):
     __slots__ = ("media_type", "width", "height", "image")

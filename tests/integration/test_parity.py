@@ -18,7 +18,7 @@ from img2img.schema import INPUT_SCHEMA
 from img2img.v1 import img2img_pb2 as pb
 from img2img.v1.img2img_pb2_grpc import Img2ImgServiceStub
 from tests.calls import run_path
-from tests.parity_cases import ERRORS, FRONT_ENDS, JOBS, Case
+from tests.parity_cases import ERRORS, FRONT_ENDS, JOBS, ROUTED, Case, write_pools
 from tests.stack import Gateway, Stack
 
 BOUNDARY = "parity"
@@ -35,8 +35,9 @@ class Answer(msgspec.Struct, frozen=True):
 
 @pytest.fixture(scope="module")
 def gateway(valkey_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with Stack(valkey_url, tmp_path_factory.mktemp("stack")) as stack:
-        gateway = stack.gateway()
+    folder = tmp_path_factory.mktemp("stack")
+    with Stack(valkey_url, folder) as stack:
+        gateway = stack.gateway(pools_file=write_pools(folder / "pools.toml", ROUTED))
         stack.worker(concurrency="8")
         yield gateway
 

@@ -173,7 +173,9 @@ async def test_fields_arrive(call: Caller, servicer: Servicer, tmp_path: Path) -
         guidance=None,
         seed=2**64 - 1,
         idempotency_key="mine",
-        options=JobOptions(priority=3, sampler=Sampler.EULER_A, output_format=OutputFormat.WEBP, not_before=AT),
+        options=JobOptions(
+            priority=3, sampler=Sampler.EULER_A, output_format=OutputFormat.WEBP, not_before=AT, model="sd"
+        ),
     )
     sent = servicer.asked[0]
     assert sent.request == pb.Img2ImgRequest(
@@ -182,7 +184,7 @@ async def test_fields_arrive(call: Caller, servicer: Servicer, tmp_path: Path) -
     assert (sent.idempotency_key, sent.options.priority) == ("mine", 3)
     assert sent.options.sampler == pb.SAMPLER_EULER_A
     assert sent.options.output_format == pb.OUTPUT_FORMAT_WEBP
-    assert sent.options.not_before == STAMP
+    assert (sent.options.not_before, sent.options.model) == (STAMP, "sd")
     assert servicer.metadata["authorization"] == "Bearer secret"
 
 
@@ -199,7 +201,7 @@ async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
         attempt=2,
         seed=9,
         parameters=parameters,
-        options=pb.JobOptions(priority=1, sampler=pb.SAMPLER_DDIM, not_before=STAMP),
+        options=pb.JobOptions(priority=1, sampler=pb.SAMPLER_DDIM, not_before=STAMP, model="sd"),
         eta=pb.Eta(p50=STAMP, p90=STAMP),
         crashes=2,
         history=[pb.PastAttempt(attempt=1, worker="w", start_time=STAMP, end_time=STAMP, error=LOST)],
@@ -226,7 +228,7 @@ async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
     assert found.parameters.prompt == "a lion"
     assert found.parameters.image == PictureInfo("PNG", 4, 5, 6, "cd")
     assert found.parameters.negative_prompt is None
-    assert found.options == JobOptions(priority=1, sampler=Sampler.DDIM, not_before=AT)
+    assert found.options == JobOptions(priority=1, sampler=Sampler.DDIM, not_before=AT, model="sd")
     assert found.eta == EtaInfo(AT, AT)
     assert (found.failures, found.crashes, found.interruptions, found.replays) == (0, 2, 0, 0)
     assert found.history == (AttemptInfo(1, "w", AT, AT, Failure("worker_lost", "gone")),)

@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
 from img2img.errors import InvalidRequest
-from img2img.jobs import JobState, Receipt, Stage, UpstreamCall
+from img2img.jobs import JobState, Move, Receipt, Stage, UpstreamCall
 from img2img.requests import Img2ImgRequest, JobOptions, OutputFormat, Parameters, Sampler, build_request
 from img2img.schema import INPUT_SCHEMA
 from img2img.v1 import img2img_pb2
@@ -132,6 +132,10 @@ class TestProtobuf:
         assert set(fields) == {field.name for field in msgspec.structs.fields(UpstreamCall)}
         optional = {field.name for field in msgspec.structs.fields(UpstreamCall) if not field.required}
         assert {name for name, field in fields.items() if field.has_presence} == optional
+
+    def test_a_move_has_the_same_fields(self) -> None:
+        names = [field.name for field in MESSAGES["Move"].fields]
+        assert names == [field.name for field in msgspec.structs.fields(Move)]
 
     def test_stages_go_as_text(self) -> None:
         """They are keys of ``timings``, which an enum cannot be; a client may meet one that it does not know."""

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
 from litestar.testing import RequestFactory
 
 from gateway.rest import envelope, problems
 from gateway.rpc import errors as rpc
 from img2img import errors
 from img2img.errors import Img2ImgError, InvalidRequest, JobError, JobNotFound, Retryable, error_of, most_specific
+from img2img.records import read_refusal
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
 LINE = re.compile(r"^ {4}(?P<indent>[ │├└─]*)(?P<name>[A-Z]\w+) +(?P<code>[a-z_]+|-)(?: |$)", re.MULTILINE)
@@ -113,6 +116,42 @@ def test_an_error_names_what_is_wrong() -> None:
     assert InvalidRequest("width", "too wide").field == "width"
     assert "0-1" in str(JobNotFound("0-1"))
     assert Retryable("later", retry_after=3.0).retry_after == 3.0
+
+
+def test_what_no_pool_can_do_names_its_field() -> None:
+    """As any wrong field is named, but with a code of its own, since another service might take it."""
+    error = errors.Unsupported("num_steps", "no pool takes more than 8 steps: ask for fewer")
+    body = json.loads(problems.problem(error).content)
+    assert (body["status"], body["code"], body["field"]) == (400, "unsupported", "num_steps")
+    violation = details(error)[error_details_pb2.BadRequest].field_violations[0]
+    assert (violation.field, violation.description) == ("num_steps", error.reason)
+
+
+def test_a_spent_day_says_when_it_is_over() -> None:
+    """Over HTTP and gRPC; Cloudflare's SDKs are told to leave it at that."""
+    error = read_refusal("spend", 3600.5, 12.0)
+    assert type(error) is errors.SpendCapReached
+    assert "00:00 UTC" in str(error)
+    native = problems.problem(error)
+    cloudflare = envelope.failure(RequestFactory().post("/client/v4/accounts/a/ai/run/m"), error)
+    assert native.headers["retry-after"] == cloudflare.headers["retry-after"] == "3601"
+    assert "eta_seconds" not in json.loads(native.content)
+    assert cloudflare.headers["x-should-retry"] == "false"
+    found = details(error)
+    assert found[error_details_pb2.RetryInfo].retry_delay.ToMilliseconds() == 3_600_500
+    assert found[error_details_pb2.QuotaFailure].violations[0].subject == "spend of the day"
+
+
+def details(error: Img2ImgError) -> dict[type[Message], Any]:
+    """What gRPC's answer to the error carries beside ``ErrorInfo``, by its type."""
+    kinds = (error_details_pb2.BadRequest, error_details_pb2.RetryInfo, error_details_pb2.QuotaFailure)
+    found = {}
+    for packed in rpc.to_status(error).details:
+        for kind in kinds:
+            message = kind()
+            if packed.Unpack(message):
+                found[kind] = message
+    return found
 
 
 def _documented() -> dict[str, tuple[str, str, str]]:

@@ -15,6 +15,7 @@ from img2img.errors import (
     NotFound,
     Unauthenticated,
 )
+from img2img.queue_types import Share
 
 
 def digest(key: str) -> str:
@@ -123,6 +124,10 @@ class TestFile:
             (entry("acme", "a") + entry("", "b"), "tenant 2 (''): an account id has 1 to 64"),
             (entry("acme", "a", "b").replace(digest("b"), "xyz"), "tenant 1 ('acme'): key 2 is no SHA-256"),
             (entry("acme", "a").replace(digest("a"), digest("a")[:-1] + "g"), "tenant 1 ('acme'): key 1 is no"),
+            (entry("acme", "a") + 'residency = "EU"', "tenant 1 ('acme'): residency is 'EU': write 'any', or 'local'"),
+            (entry("acme", "a") + "residency = true", "Expected `str`, got `bool` - at `$.tenants[0].residency`"),
+            (entry("acme", "a") + "spend_per_day = -1", "Expected `float` >= 0.0 - at `$.tenants[0].spend_per_day`"),
+            (entry("acme", "a") + "spend_per_day = nan", "Expected `float` >= 0.0 - at `$.tenants[0].spend_per_day`"),
             (entry("acme", "a") + entry("b", "c", "a"), "tenant 2 ('b'): key 2 belongs to 'acme' too: remove it"),
         ],
     )
@@ -134,7 +139,7 @@ class TestFile:
             Tenants.load(path)
         assert str(caught.value).startswith(str(path))
         assert reason in str(caught.value)
-        assert any(remedy in str(caught.value) for remedy in ("img2img keys new", "remove it", "rename it"))
+        assert any(remedy in str(caught.value) for remedy in ("img2img keys new", "remove it", "rename it", "write"))
 
     @pytest.mark.parametrize("name", ["missing.toml", "."])
     def test_a_file_that_cannot_be_read_is_refused_with_its_setting(self, tmp_path: Path, name: str) -> None:
@@ -145,6 +150,29 @@ class TestFile:
         path.write_bytes(b"\xff\xfe")
         with pytest.raises(ConfigurationError, match="is not TOML"):
             Tenants.load(path)
+
+
+class TestShares:
+    def test_without_an_entry_an_account_has_the_common_share(self, tenants: Tenants) -> None:
+        """Nor without a file: nobody is kept here, and the pools' own caps count."""
+        for who in (tenants, Tenants.open_local()):
+            assert who.share_of("nobody", 7) == Share(weight=1.0, max_queued=7, local_only=False, spend_per_day=None)
+
+    def test_an_entry_says_what_its_account_is_entitled_to(self, path: Path) -> None:
+        more = 'weight = 2.5\nmax_queued = 3\nresidency = "local"\nspend_per_day = 0\n'
+        path.write_text(entry("acme", "key-1") + more + entry("plain", "key-2") + 'residency = "any"\n')
+        tenants = Tenants.load(path)
+        assert tenants.share_of("acme", 7) == Share(weight=2.5, max_queued=3, local_only=True, spend_per_day=0.0)
+        assert tenants.share_of("plain", 7) == Share(max_queued=7)
+
+    @pytest.mark.parametrize("entries", ["", 'residency = "any"\n'])
+    def test_a_key_that_was_added_lets_no_picture_out(self, path: Path, entries: str) -> None:
+        """Of two entries the first has the say, but ``local`` in either of them counts."""
+        local = 'residency = "local"\nspend_per_day = 2\n'
+        for first, second, spend in ((local, entries, 2.0), (entries, local, None)):
+            path.write_text(entry("acme", "key-1") + first + entry("acme", "key-2") + second)
+            share = Tenants.load(path).share_of("acme", 7)
+            assert (share.local_only, share.spend_per_day) == (True, spend)
 
 
 class TestReading:

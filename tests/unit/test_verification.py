@@ -35,7 +35,7 @@ def job_of(receipt: Receipt | None = RECEIPT, sha: str = "cd" * 32, **fields: An
     parameters = Parameters(prompt="a lion", negative_prompt="dull", **fields)
     options = JobOptions(
         priority=3, deadline_seconds=9, sampler=Sampler.EULER, output_format=OutputFormat.WEBP, output_quality=50,
-        not_before=NOW, reproducible=True, previews=True,
+        not_before=NOW, reproducible=True, previews=True, model="sd",
     )  # fmt: skip
     result = ResultInfo(
         media_type="image/webp", width=512, height=256, size_bytes=3, sha256=sha, expires_at=NOW, receipt=receipt
@@ -60,7 +60,7 @@ def test_a_repetition_asks_for_the_size_and_seed_that_were_used() -> None:
         "guidance": 2.0,
         "seed": 7,
         "options": JobOptions(
-            sampler=Sampler.EULER, output_format=OutputFormat.WEBP, output_quality=50, reproducible=True
+            sampler=Sampler.EULER, output_format=OutputFormat.WEBP, output_quality=50, reproducible=True, model="sd"
         ),
     }
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 from img2img.errors import InvalidImage
 from img2img.images import EXIF_ORIENTATION, PictureLimits
 from img2img.requests import Inputs, OutputFormat
-from worker.images import decode_inputs, encode_picture, encode_preview, resolve_size
+from worker.images import decode_inputs, encode_picture, encode_preview
 
 LIMITS = PictureLimits()
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -234,35 +234,6 @@ def test_a_mask_follows_the_upright_image():
     pictures = decode_inputs(Inputs(image, encoded(Image.new("L", (64, 32)))), LIMITS)
 
     assert pictures.image.size == pictures.mask.size == (32, 64)
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "picture", "expected"),
-    [
-        (512, 768, (100, 100), (512, 768)),
-        (None, None, None, (512, 512)),
-        (None, None, (100, 100), (512, 512)),
-        (None, None, (1600, 1200), (592, 440)),
-        (None, None, (1200, 1600), (440, 592)),
-        (None, None, (4000, 500), (2048, 256)),
-        (None, None, (4000, 100), (2048, 256)),
-        (512, None, (1600, 1200), (512, 384)),
-        (None, 512, (1600, 1200), (680, 512)),
-        (512, None, None, (512, 512)),
-        (2048, None, (1000, 100), (2048, 256)),
-        (None, 1024, (1000, 100), (2048, 1024)),
-    ],
-)
-def test_sizes(width, height, picture, expected):
-    source = None if picture is None else Image.new("RGB", picture)
-
-    assert resolve_size(width, height, (512, 512), source) == expected
-
-
-def test_a_small_model_keeps_the_aspect_ratio_too():
-    """At 256x256 pixels in all, a photograph's short side would fall below 256 and the picture be squeezed."""
-    assert resolve_size(None, None, (256, 256), Image.new("RGB", (1600, 1200))) == (344, 256)
-    assert resolve_size(None, None, (256, 256), Image.new("RGB", (256, 256))) == (256, 256)
 
 
 @pytest.mark.parametrize("output_format", list(OutputFormat))
