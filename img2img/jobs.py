@@ -222,10 +222,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Move(msgspec.Struct, frozen=True, rename={"from_pool": "from"}):
-    """A queued job left a pool: it was ``late`` there, or there were ``no_workers``."""
+    """A queued job left a pool: it was ``late`` there, had ``no_workers``, or a pool before that was ``preferred``."""
 
     from_pool: str
-    why: Literal["late", "no_workers"]
+    why: Literal["late", "no_workers", "preferred"]
 
 
 class JobEvent(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ import msgspec
 
 from img2img.errors import ConfigurationError
 from img2img.requests import MODEL_NAME, MODEL_NAME_RULE, JobOptions, Parameters
+from img2img.schema import MODEL
 from img2img.sizes import resolve_size
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -189,6 +190,10 @@ def _check_pools(path: Path, pools: Sequence[Pool]) -> None:
         if pool.name in names:
             raise ConfigurationError(f"{where} is there twice: rename or remove one of them")
         names.add(pool.name)
+        if pool.engine == "cloudflare" and pool.model not in (None, MODEL):
+            raise ConfigurationError(
+                f"{where} has the model {pool.model!r}, and the cloudflare engine calls {MODEL} only: leave model out"
+            )
         capped = pool.spend_per_day is not None or pool.tenant_spend_per_day is not None
         if pool.is_priced and pool.tenant_spend_per_day is None:
             raise ConfigurationError(f"{where} costs money: say with tenant_spend_per_day how much a tenant may spend")

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from img2img.errors import InvalidRequest
 
+MODEL: Final = "@cf/runwayml/stable-diffusion-v1-5-img2img"
+"""Cloudflare's name of the model whose schema this is."""
 INPUT_SCHEMA: Final[dict[str, Any]] = json.loads(
     resources.files("img2img").joinpath("input.schema.json").read_text("utf-8")
 )

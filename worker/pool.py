@@ -7,7 +7,6 @@ import msgspec
 from img2img.errors import ConfigurationError
 from img2img.pools import Pool, Pools
 from img2img.settings import BUNDLED_MODEL, Settings
-from worker.engines.cloudflare.exchange import MODEL
 
 
 def settings_of_worker(settings: Settings) -> Settings:
@@ -29,11 +28,6 @@ def settings_of_worker(settings: Settings) -> Settings:
         )
     if settings.engine not in ("auto", pool.engine):
         raise _contradiction("IMG2IMG_ENGINE", settings.engine, path, pool, "engine", pool.engine)
-    if pool.engine == "cloudflare" and pool.model not in (None, MODEL):
-        raise ConfigurationError(
-            f"{path}: pool {pool.name!r} has the model {pool.model!r}, and the cloudflare engine calls {MODEL} only: "
-            "leave model out"
-        )
     if pool.model is not None and settings.model not in (BUNDLED_MODEL, pool.model):
         raise _contradiction("IMG2IMG_MODEL", settings.model, path, pool, "model", pool.model)
     return msgspec.structs.replace(settings, engine=pool.engine, model=pool.model or settings.model)

@@ -8,12 +8,12 @@ import msgspec
 from litestar import Response
 from litestar.response import Stream
 
-from gateway.rest import catalog
 from gateway.rest.context import Front
 from gateway.rest.envelope import REQUEST_ID, error_message, success
 from gateway.service import Order
 from img2img.errors import Img2ImgError, InvalidRequest, RequestTooLarge, error_of
 from img2img.jobs import Job, JobState
+from img2img.schema import MODEL
 
 MAX_REQUESTS: Final = 100
 MAX_BYTES: Final = 10 * 1024 * 1024
@@ -43,7 +43,7 @@ async def submit(front: Front, account: str, body: object, model: str | None) ->
     ]
     references = [request.get(REFERENCE) if isinstance(request, dict) else None for request in requests]
     batch_id = await front.service.create_batch(account, orders, references)
-    return {"status": "queued", "request_id": batch_id, "model": model or catalog.MODEL}
+    return {"status": "queued", "request_id": batch_id, "model": model or MODEL}
 
 
 async def poll(front: Front, account: str, body: Any, request_id: str) -> Response[Any]:
@@ -56,7 +56,7 @@ async def poll(front: Front, account: str, body: Any, request_id: str) -> Respon
     jobs, references = await front.service.get_batch(account, batch_id)
     if not all(job.is_terminal for job in jobs):
         started = any(job.state != JobState.QUEUED for job in jobs)
-        model = jobs[0].spec.options.model or catalog.MODEL
+        model = jobs[0].spec.options.model or MODEL
         state = {"status": "running" if started else "queued", "request_id": batch_id, "model": model}
         return success(state, request_id)
     pieces = _pieces(front, jobs, references, request_id)

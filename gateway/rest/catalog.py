@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 from uuid import NAMESPACE_URL, uuid5
 
-from img2img.schema import INPUT_SCHEMA
+from img2img.schema import INPUT_SCHEMA, MODEL
 
-MODEL: Final = "@cf/runwayml/stable-diffusion-v1-5-img2img"
 BETA: Final = {"property_id": "beta", "value": "true"}
 
 TASK: Final[dict[str, Any]] = {

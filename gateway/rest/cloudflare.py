@@ -28,6 +28,7 @@ from gateway.rest.native import picture_response
 from gateway.rest.openapi import RunModelOperation, envelopes
 from gateway.service import Order
 from img2img.errors import Img2ImgError, ModelNameInvalid, ModelNotFound, error_of
+from img2img.schema import MODEL
 
 RETRY_HEADER: Final = "x-stainless-retry-count"
 CLOUDFLARE_NAME: Final = re.compile(r"@[a-z]+/[\w.-]+/[\w.-]+")
@@ -127,7 +128,7 @@ def check_model(name: str, models: Sequence[str]) -> str | None:
         return name
     if CLOUDFLARE_NAME.fullmatch(name) is None:
         raise ModelNameInvalid(f"{name!r} is not of the form @cf/author/model")
-    if name != catalog.MODEL:
+    if name != MODEL:
         raise ModelNotFound(f"No such model {name} or task")
     return None
 

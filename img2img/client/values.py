@@ -141,7 +141,7 @@ class JobPage(msgspec.Struct, frozen=True):
 
 
 class MoveInfo(msgspec.Struct, frozen=True, rename={"from_pool": "from"}):
-    """A queued job left a pool: it was ``late`` there, or there were ``no_workers``."""
+    """A queued job left a pool: it was ``late`` there, had ``no_workers``, or a pool before that was ``preferred``."""
 
     from_pool: str
     why: str

@@ -37,10 +37,12 @@ local function outlook(pool, job, id)
     view.is_stuck = due - NOW > STUCK
   elseif view.start > 0 then
     view.wait = view.start / 1000
-  elseif view.measured then
+  else
     local ahead = id and redis.call('ZRANK', ready_of(queue, job.account), id)
       or totals.units and redis.call('ZCOUNT', ready_of(queue, job.account), '-inf', job.score) or 0
-    view.wait = wait_for_slot(queue, totals, job.account, work_before(queue, totals, measures, job.account, ahead))
+    local work, position = work_before(queue, totals, measures, job.account, ahead)
+    view.is_free = position < totals.slots - redis.call('ZCARD', queue.leases)
+    if view.measured or view.is_free then view.wait = wait_for_slot(queue, totals, job.account, work, position) end
   end
   view.expected = view.measured and view.wait and completion(measures, view.wait, view.seconds)
   return view
@@ -49,7 +51,7 @@ end
 -- Milliseconds that are left until the job would be late in that pool; nil where nobody knows.
 local function slack_of(view, job)
   local max_wait, slack = view.pool.max_wait, nil
-  if max_wait then slack = max_wait - math.max(0, NOW - job.since) - 1000 * (view.wait or 0) end
+  if max_wait and not view.is_free then slack = max_wait - math.max(0, NOW - job.since) - 1000 * (view.wait or 0) end
   if view.expected then
     slack = math.min(slack or math.huge, job.expires - NOW - 1000 * view.expected.p90)
   end
@@ -99,7 +101,7 @@ local function routed(id)
     expires = tonumber(v[7]), score = v[8], units = v[9], weight = v[10], crashes = v[11], reserved = v[12] }
 end
 
-local WHY = { [LATE] = 'late', [DEAD] = 'no_workers' }
+local WHY = { [FINE] = 'preferred', [LATE] = 'late', [DEAD] = 'no_workers' }
 
 local function move(id, job, from, view, why)
   leave_waiting(id, from, job.account, job.units)
@@ -123,6 +125,22 @@ local function look_later(queue, id, at)
   return false
 end
 
+-- The pool to which a queued job had better go, if there is one: a better one than `here`, or one that it prefers and
+-- that would start it at once.
+local function better_than(here, rank, pools, job)
+  local is_preferred = true
+  local best = best_of(pools, job, function(pool, view)
+    if pool.name == here.pool.name then
+      is_preferred = false
+      return true
+    end
+    return (rank == FINE and not (is_preferred and view.is_free))
+      or not is_affordable(pool, job.account)
+      or ((pool.max_queued or 0) > 0 and redis.call('ZCARD', view.queue.expiry) >= pool.max_queued)
+  end)
+  return best and (rank == FINE or best.rank < rank) and best or nil
+end
+
 -- Moves a queued job, if it had better be elsewhere. Answers whether it did.
 local function reconsider(id, from)
   local job = routed(id)
@@ -134,11 +152,8 @@ local function reconsider(id, from)
   local pools = cjson.decode(job.pools)
   local here = outlook(pool_named(pools, from.name), job, id)
   local rank = rank_of(here, job)
-  local best = rank > FINE and best_of(pools, job, function(pool, view)
-    return pool.name == from.name or not is_affordable(pool, job.account)
-      or ((pool.max_queued or 0) > 0 and redis.call('ZCARD', view.queue.expiry) >= pool.max_queued)
-  end)
-  if best and best.rank < rank then
+  local best = better_than(here, rank, pools, job)
+  if best then
     move(id, job, from, best, WHY[rank])
     return true
   end

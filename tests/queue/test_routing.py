@@ -175,6 +175,8 @@ async def test_the_log_tells_of_a_move(queue: JobQueue, local: JobQueue, burst: 
 async def test_what_waits_too_long_moves_on(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
     """Nothing was measured, so that nobody could foresee it."""
     await work(local)
+    await submit(queue, pools=[Candidate("local")])
+    await claim_one(local)
     job_id = await submit(queue, pools=pools(local={"max_wait": 100}))
     await work(burst)
     await asyncio.sleep(1.1)
@@ -192,6 +194,34 @@ async def test_a_job_that_its_pool_put_off_comes_back(queue: JobQueue, local: Jo
     await look(burst)
     assert await pool_of(queue, job_id) == "local"
     assert (await claim_one(local)).id == job_id
+
+
+async def test_a_job_goes_back_to_a_pool_that_can_start_it(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    """Rather than wait in one that is fine, too: as many as there are free slots."""
+    await work(burst)
+    await submit(queue, pools=[Candidate("burst")])
+    await claim_one(burst)
+    jobs = [await submit(queue, pools=pools()) for _ in range(3)]
+    await work(local, slots=2)
+    await asyncio.sleep(1.1)
+    await look(burst)
+    assert [await pool_of(queue, job_id) for job_id in jobs] == ["local", "local", "burst"]
+    async with EventHub(queue) as hub, hub.follow(jobs[0]) as follower:
+        assert (await follower.read())[-1].move == Move("burst", "preferred")
+
+
+async def test_a_job_does_not_wait_for_a_pool_to_start_when_its_own_is_back(
+    queue: JobQueue, local: JobQueue, burst: JobQueue
+) -> None:
+    """It moved to a pool whose workers were to come up, and they still are."""
+    both = pools(local={"start": 1}, burst={"start": 60_000})
+    job_id = await submit(queue, pools=both)
+    await asyncio.sleep(0.01)
+    await look(local)
+    assert await pool_of(queue, job_id) == "burst"
+    await work(local)
+    await look(burst)
+    assert await pool_of(queue, job_id) == "local"
 
 
 async def test_a_deferred_job_stays_until_its_time(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:

@@ -27,6 +27,7 @@ from img2img.errors import (
     UpstreamUnknown,
 )
 from img2img.jobs import OnLost, Receipt, Stage, UpstreamCall
+from img2img.schema import MODEL
 from img2img.upstream import Credential, Pause, UpstreamLedger
 from worker.engines.base import (
     Answered,
@@ -43,7 +44,7 @@ from worker.engines.base import (
 )
 from worker.engines.cloudflare.accounts import Account
 from worker.engines.cloudflare.bodies import ImageForm, encode_body
-from worker.engines.cloudflare.exchange import MODEL, Answer, Exchange, NeverSent, NoAnswer
+from worker.engines.cloudflare.exchange import Answer, Exchange, NeverSent, NoAnswer
 from worker.engines.cloudflare.gate import Gate, Signal, Turn
 from worker.engines.cloudflare.hints import hold_seconds, neurons, retry_after
 from worker.engines.cloudflare.outcomes import Action, Outcome, Verdict, classify

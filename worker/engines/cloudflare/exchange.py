@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
+from img2img.schema import MODEL
 from img2img.settings import LOOPBACK
 from worker.engines.cloudflare.accounts import Account
 
-MODEL: Final = "@cf/runwayml/stable-diffusion-v1-5-img2img"
 CONNECT_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 120.0
 IDLE_SECONDS: Final = 15.0
