@@ -32,6 +32,7 @@ from img2img.errors import (
 )
 from img2img.jobs import Stage
 from img2img.requests import Sampler
+from tests.days import PATIENCE, keep_within_a_day
 from tests.stack import DOG
 from tests.upstream.api import MODEL, Api
 from tests.upstream.server import Upstream
@@ -122,6 +123,7 @@ async def test_what_becomes_of_a_job_and_how_often_it_calls(
         error, _ = await failure_of(engine, task_of(behaviour))
     assert type(error) is kind
     assert len(api.calls) == calls
+    keep_within_a_day(PATIENCE)
 
 
 async def test_a_refusal_has_the_upstreams_words_and_its_name_for_the_call(engine: CloudflareEngine, api: Api) -> None:
