@@ -64,14 +64,26 @@ class TestLimit:
             limit.done(call, call + 1, work=5, running=1)
         assert limit.calls == FIRST_LIMIT
 
-    def test_a_call_that_takes_much_longer_than_usual_is_an_overload(self) -> None:
-        """For its work: twenty steps may take longer than one."""
+    def test_two_calls_in_a_row_that_take_much_longer_than_usual_are_an_overload(self) -> None:
+        """For their work: twenty steps may take longer than one."""
         limit = AdaptiveLimit(1, 64)
         limit.done(0, 1, work=0, running=1)
-        limit.done(10, 15, work=20, running=1)
+        for began in (10, 20):
+            limit.done(began, began + 5, work=20, running=1)
         assert limit.calls == FIRST_LIMIT
-        limit.done(20, 24, work=0, running=1)
+        for began in (30, 40):
+            limit.done(began, began + 4, work=0, running=1)
         assert limit.calls < FIRST_LIMIT
+
+    def test_a_single_slow_call_neither_shrinks_nor_grows_it(self) -> None:
+        """However often that happens, as long as calls in time come in between."""
+        limit = AdaptiveLimit(1, 64)
+        limit.done(0, 0.1, work=0, running=1)
+        for began in range(1, 10):
+            limit.done(began, began + 0.5, work=0, running=limit.calls)
+            assert limit.calls == FIRST_LIMIT
+            for _ in range(9):
+                limit.done(began, began + 0.1, work=0, running=1)
 
 
 class TestBreaker:

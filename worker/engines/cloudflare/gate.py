@@ -16,7 +16,9 @@ from typing import Final, Self
 FIRST_LIMIT: Final = 8
 DECREASE: Final = 0.7
 SLOW_FACTOR: Final = 3.0
-"""A call that takes so many times as long as such calls take on average is a sign of overload."""
+"""A call that takes so many times as long as such calls take on average is slow."""
+SLOW_CALLS: Final = 2
+"""So many slow calls in a row are a sign of overload; a single one says as much about itself."""
 SECONDS_WEIGHT: Final = 0.05
 FIXED_WORK: Final = 5.0
 """Around its steps a call costs about as much as so many of them."""
@@ -47,6 +49,7 @@ class AdaptiveLimit:
         self._cut_at = -math.inf
 
     @property
+        self._slow = 0
     def calls(self) -> int:
         return int(self._limit)
 
@@ -55,9 +58,11 @@ class AdaptiveLimit:
         seconds = (now - began) / (FIXED_WORK + work)
         mean = self._mean
         self._mean = seconds if mean is None else mean + SECONDS_WEIGHT * (seconds - mean)
-        if mean is not None and seconds > SLOW_FACTOR * mean:
+        is_slow = mean is not None and seconds > SLOW_FACTOR * mean
+        self._slow = self._slow + 1 if is_slow else 0
+        if self._slow >= SLOW_CALLS:
             self.overloaded(began, now)
-        elif 2 * running > self._limit:  # what is not made use of tells nothing
+        elif not is_slow and 2 * running > self._limit:  # what is not made use of tells nothing
             step = 1.0 if self._cut_at == -math.inf else 1 / self._limit
             self._limit = min(self._highest, self._limit + step)
 
