@@ -14,7 +14,6 @@ from typing import Any, Final, Self, TypeVar
 
 import msgspec
 import structlog
-from PIL import Image as PillowImage
 
 from img2img import telemetry
 from img2img.errors import (
@@ -26,31 +25,26 @@ from img2img.errors import (
     UpstreamRefused,
     UpstreamUnknown,
 )
-from img2img.jobs import OnLost, Receipt, Stage, UpstreamCall
+from img2img.jobs import OnLost, Stage
 from img2img.upstream import Credential, Pause, UpstreamLedger
 from worker.engines.base import (
     Answered,
     Checkpoint,
     EngineInfo,
-    Image,
     Notice,
     Output,
     Pictures,
     Progress,
     Sent,
     Task,
-    steps_of,
 )
 from worker.engines.cloudflare.accounts import Account
 from worker.engines.cloudflare.bodies import ImageForm, encode_body
-from worker.engines.cloudflare.exchange import MODEL, Answer, Exchange, NeverSent, NoAnswer
+from worker.engines.cloudflare.called import Called, finish, read_answer
+from worker.engines.cloudflare.exchange import MODEL, Exchange, NeverSent, NoAnswer
 from worker.engines.cloudflare.gate import Gate, Signal, Turn
-from worker.engines.cloudflare.hints import hold_seconds, neurons, retry_after
-from worker.engines.cloudflare.outcomes import Action, Outcome, Verdict, classify
-from worker.engines.cloudflare.pictures import NoPicture, read_picture
-from worker.engines.receipts import pixels_digest
+from worker.engines.cloudflare.outcomes import Action, Outcome, Verdict
 
-DEVICE: Final = "Cloudflare Workers AI"
 NATIVE_SIZE: Final = (512, 512)
 PATIENCE: Final = 30.0
 """Seconds for which a job waits in the worker for its turn; what takes longer is waited for in the queue."""
@@ -94,21 +88,6 @@ class UpstreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     lowest: int = 1
     highest: int = 64
     breaker: int = 5
-
-
-class Called(msgspec.Struct, frozen=True):
-    """How one call went, and what came with it.
-
-    The upstream asked for a ``pause`` before the next call of any kind, and takes none with that credential while it is
-    ``held`` (seconds).
-    """
-
-    verdict: Verdict
-    request_id: str = ""
-    neurons: float | None = None
-    pause: float = 0.0
-    held: float = 0.0
-    picture: PillowImage.Image | None = None
 
 
 class CloudflareEngine:
@@ -174,7 +153,7 @@ class CloudflareEngine:
                 called = await self._call(turn, account, body, task)
             if called.picture is not None:
                 yield Progress(Stage.DECODE_IMAGE)
-                yield await asyncio.to_thread(_finish, called, called.picture, account, task, pictures)
+                yield await asyncio.to_thread(finish, called, called.picture, account, task, pictures)
                 return
             if called.verdict.outcome is not Outcome.LOST:
                 yield Answered()
@@ -221,7 +200,7 @@ class CloudflareEngine:
         turn.begin()
         try:
             answer = await self._exchange.call(account, body, max(task.deadline - time.monotonic(), 0.0))
-            called = await _read(answer, (task.width, task.height))
+            called = await read_answer(answer, (task.width, task.height))
         except NeverSent as exc:
             called = Called(Verdict(Outcome.UNREACHABLE, str(exc)))
         except NoAnswer as exc:
@@ -276,7 +255,7 @@ class Tries:
             JobError: there is none: the kind says what becomes of the job.
         """
         self._calls += 1
-        outcome, words = called.verdict.outcome, _told(called)
+        outcome, words = called.verdict.outcome, called.told
         match outcome.action:
             case Action.CENSOR:
                 raise UnsafeOutput(
@@ -329,42 +308,6 @@ async def _encoded(task: Task, pictures: Pictures, form: ImageForm) -> bytes:
     if pictures.image is None:
         return encode_body(task, pictures, form)
     return await asyncio.to_thread(encode_body, task, pictures, form)
-
-
-async def _read(answer: Answer, size: tuple[int, int]) -> Called:
-    verdict, picture = classify(answer), None
-    if verdict.outcome is Outcome.PICTURE:
-        try:
-            picture = await asyncio.to_thread(read_picture, answer, size)
-        except NoPicture as exc:
-            verdict = Verdict(Outcome.NO_PICTURE, str(exc))
-    asked = retry_after(answer.headers)
-    held = hold_seconds(answer.headers)
-    if verdict.outcome is Outcome.RATE:
-        held = max(held, asked)
-    return Called(verdict, answer.request_id, neurons(answer.headers), asked, held, picture)
-
-
-def _finish(called: Called, picture: PillowImage.Image, account: Account, task: Task, pictures: Pictures) -> Image:
-    receipt = Receipt(
-        pixels_sha256=pixels_digest(picture),
-        model=MODEL,
-        revision="",
-        weights={},
-        sampler="",
-        steps=steps_of(task, pictures),
-        precision="",
-        device=DEVICE,
-        versions={},
-    )
-    call = UpstreamCall(request_id=called.request_id, account=account.label, neurons=called.neurons)
-    return Image(picture, receipt, call)
-
-
-def _told(called: Called) -> str:
-    """What the upstream said, to stand inside a sentence, and the name under which it knows the call."""
-    words = called.verdict.words.rstrip(".")
-    return f" ({words}; request {called.request_id})" if called.request_id else f" ({words})"
 
 
 def _jittered(seconds: float) -> float:
