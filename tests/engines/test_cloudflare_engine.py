@@ -36,8 +36,12 @@ from tests.days import PATIENCE, keep_within_a_day
 from tests.stack import DOG
 from tests.upstream.api import MODEL, Api
 from tests.upstream.server import Upstream
-from worker.engines.base import Image, Notice, Pictures, Progress, Sent
+from worker.engines.base import Image, Notice, Output, Pictures, Progress, Sent
 from worker.engines.cloudflare import CloudflareEngine
+
+
+def notes_of(outputs: list[Output]) -> list[str]:
+    return [output.message for output in outputs if isinstance(output, Notice)]
 
 
 async def test_a_picture_and_what_made_it(engine: CloudflareEngine, api: Api) -> None:
@@ -150,8 +154,31 @@ async def test_what_no_call_can_ask_for_is_refused(
 
 async def test_a_sampler_that_cannot_be_chosen_is_noted(engine: CloudflareEngine) -> None:
     outputs = await outputs_of(engine, task_of(sampler=Sampler.EULER))
-    notes = [output.message for output in outputs if isinstance(output, Notice)]
-    assert notes == ["options.sampler was ignored: the upstream has a sampler of its own"]
+    assert notes_of(outputs) == ["options.sampler was ignored: the upstream has a sampler of its own"]
+
+
+@pytest.mark.parametrize(
+    ("seed", "sent", "notes"),
+    [
+        (2**53 - 1, 2**53 - 1, []),
+        (2**53, 0, ["seed 9007199254740992 was sent as 0, modulo 2^53: larger ones may be rounded on their way"]),
+        (
+            2**64 - 1,
+            2**53 - 1,
+            [
+                "seed 18446744073709551615 was sent as 9007199254740991, modulo 2^53: "
+                "larger ones may be rounded on their way"
+            ],
+        ),
+    ],
+)
+async def test_a_seed_that_json_may_not_carry_is_reduced_and_noted(
+    engine: CloudflareEngine, api: Api, seed: int, sent: int, notes: list[str]
+) -> None:
+    """The job keeps its seed, and says which one the call had."""
+    outputs = await outputs_of(engine, task_of(seed=seed))
+    assert api.calls[0].fields["seed"] == sent
+    assert notes_of(outputs) == notes
 
 
 class TestLostAnswers:

@@ -7,7 +7,7 @@ record before it is; ``Answered`` takes that back when the answer brought no pic
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -39,7 +39,7 @@ from worker.engines.base import (
     Task,
 )
 from worker.engines.cloudflare.accounts import Account
-from worker.engines.cloudflare.bodies import ImageForm, encode_body
+from worker.engines.cloudflare.bodies import ImageForm, encode_body, sent_seed
 from worker.engines.cloudflare.called import Called, finish, read_answer
 from worker.engines.cloudflare.exchange import MODEL, Exchange, NeverSent, NoAnswer
 from worker.engines.cloudflare.gate import Gate, Signal, Turn
@@ -140,8 +140,8 @@ class CloudflareEngine:
         """
         _check(task)
         yield Progress(Stage.UPSTREAM)
-        if task.sampler is not None:
-            yield Notice("options.sampler was ignored: the upstream has a sampler of its own")
+        for notice in _notices(task):
+            yield notice
         body = await _encoded(task, pictures, self._options.images)
         tries = Tries(self._accounts, self._options, task.deadline)
         while True:
@@ -302,6 +302,14 @@ def _check(task: Task) -> None:
         raise ModelRefused("options.reproducible: the upstream promises no picture again: leave the option out")
     if task.previews:
         raise ModelRefused("options.previews: the upstream shows nothing before the end: leave the option out")
+
+
+def _notices(task: Task) -> Iterator[Notice]:
+    """Where the call differs from what was asked for."""
+    if task.sampler is not None:
+        yield Notice("options.sampler was ignored: the upstream has a sampler of its own")
+    if (seed := sent_seed(task.seed)) != task.seed:
+        yield Notice(f"seed {task.seed} was sent as {seed}, modulo 2^53: larger ones may be rounded on their way")
 
 
 async def _encoded(task: Task, pictures: Pictures, form: ImageForm) -> bytes:
