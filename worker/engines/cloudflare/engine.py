@@ -47,7 +47,8 @@ from worker.engines.cloudflare.outcomes import Action, Outcome, Verdict
 
 NATIVE_SIZE: Final = (512, 512)
 PATIENCE: Final = 30.0
-"""Seconds for which a job waits in the worker for its turn; what takes longer is waited for in the queue."""
+"""Seconds for which a job waits in the worker for its turn; what takes longer is waited for in the queue, and while it
+is known to take longer the engine has no slots."""
 FIRST_PAUSE: Final = 0.5
 LONGEST_PAUSE: Final = 8.0
 SPREAD: Final = 5.0
@@ -105,7 +106,7 @@ class CloudflareEngine:
 
     @property
     def info(self) -> EngineInfo:
-        return EngineInfo("cloudflare", MODEL, "api", NATIVE_SIZE, self._options.highest)
+        return EngineInfo("cloudflare", MODEL, "api", NATIVE_SIZE)
 
     async def __aenter__(self) -> Self:
         self._ledger = await self._stack.enter_async_context(self._unopened)
@@ -118,6 +119,15 @@ class CloudflareEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.aclose()
+
+    def slots(self, setting: int) -> int:
+        """As many as the upstream takes calls now, and a few that are ready; at most ``setting``, if that is given."""
+        slots = self._gate.slots
+        return min(slots, setting) if setting else slots
+
+    async def slots_changed(self) -> None:
+        """An answer came, or the time has passed for which no call could be made."""
+        await self._gate.slots_changed()
 
     async def broken(self) -> None:
         """It never is: an upstream that fails comes back."""
@@ -191,6 +201,8 @@ class CloudflareEngine:
                 continue
             if not isinstance(answer, Pause):
                 return answer
+            if answer.seconds > PATIENCE and len(tries.accounts) == len(self._accounts):
+                self._gate.close(answer.seconds)
             if time.monotonic() + answer.seconds > ends:
                 raise UpstreamBusy(WAITS[answer.why], _spread(answer.seconds))
             await asyncio.sleep(answer.seconds)
