@@ -154,7 +154,7 @@ class Ours:
 
     async def __aenter__(self) -> Self:
         await self._engine.__aenter__()
-        self._slots = self._engine.info.slots
+        self._slots = self._engine.slots(0)
         return self
 
     async def __aexit__(self, *_: object) -> None:

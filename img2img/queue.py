@@ -372,10 +372,10 @@ class JobQueue:
             await self.redis.zrem(f"{self.prefix}discarding", discard.word)
 
     async def stats(self) -> QueueStats:
-        """How much waits and runs, and which workers take jobs (one that drains takes none)."""
+        """How much waits and runs, and which workers take jobs, now or after a pause (one that drains takes none)."""
         waiting, delayed, running, quarantined, seconds, workers = await self._scripts.run("stats")
         known = (msgspec.json.decode(raw, type=WorkerInfo) for raw in workers)
-        taking = tuple(worker for worker in known if worker.slots)
+        taking = tuple(worker for worker in known if worker.slots or worker.paused)
         return QueueStats(waiting - delayed, delayed, running, quarantined, round(float(seconds), 3), taking)
 
     async def _pop(self, key: str, timeout: float) -> str | None:

@@ -96,7 +96,10 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
-    """What a worker says of itself: how many jobs it runs at once, and the pixels of its model's own size."""
+    """What a worker says of itself: how many jobs it runs at once now, and the pixels of its model's own size.
+
+    One that is ``paused`` has no slots for the moment; without slots and not paused it takes no job any more.
+    """
 
     id: str
     slots: int
@@ -104,6 +107,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     model: str
     device: str
     native_pixels: int = 0
+    paused: bool = False
 
 
 class Discard(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ from img2img.queue import JobQueue
 from img2img.queue_types import Claim, WorkerInfo
 from img2img.settings import Settings
 from worker.attempt import Stop
+from worker.engines.base import Engine
 from worker.heart import RETRY_SECONDS, Heart
 from worker.payloads import ClaimedPayloads
 from worker.runner import Decision, JobRunner, Lost, Release
@@ -32,15 +33,16 @@ log = structlog.get_logger(__name__)
 
 
 class Consumer(Worker):
-    """Claims and runs jobs until drained. Open it as an async context manager, then ``await main()``."""
+    """Claims and runs jobs until drained, for as many at once as ``engine`` makes use of: ``await main()``."""
 
-    def __init__(self, queue: JobQueue, runner: JobRunner, info: WorkerInfo, settings: Settings) -> None:
+    def __init__(
+        self, queue: JobQueue, runner: JobRunner, engine: Engine, info: WorkerInfo, settings: Settings
+    ) -> None:
         super().__init__(
             functions=[func(self._generate, name="generate", timeout=NEVER, max_tries=NEVER)],
             queue_name=queue.alive_key,
             redis_pool=queue.redis,
             handle_signals=False,
-            max_jobs=info.slots,
             job_serializer=msgspec.json.encode,
             job_deserializer=msgspec.json.decode,
             keep_result=0,  # the terminal script writes it
@@ -48,7 +50,9 @@ class Consumer(Worker):
         )
         self._queue = queue
         self._runner = runner
+        self._engine = engine
         self._info = info
+        self._slots = info.slots
         self._settings = settings
         # Held claims by fence: after a lost lease a job can be claimed again while its old attempt still stops.
         self._held: dict[int, Claim] = {}
@@ -61,7 +65,7 @@ class Consumer(Worker):
         self._heart = Heart(queue.name, info, settings, self._stop_jobs)
         self._draining = asyncio.Event()
         self._wait: asyncio.Task[object] | None = None
-        self._slot_freed = asyncio.Event()
+        self._slots_free = asyncio.Event()
         # When draining began, and when what still ran was interrupted (the loop's clock).
         self._drained_at = self._interrupted_at = math.inf
 
@@ -73,6 +77,7 @@ class Consumer(Worker):
         async with self._heart, asyncio.TaskGroup() as group:
             beat = group.create_task(self._heart.beating(), name="beat")
             control = group.create_task(self._obey_forever(), name="control")
+            slots = group.create_task(self._follow_slots(), name="slots")
             claiming = group.create_task(self._claim_until_drained(), name="claim")
             await self._draining.wait()
             # Shutdown: nothing new is claimed from here; running jobs get their time, then are
@@ -81,8 +86,8 @@ class Consumer(Worker):
             await asyncio.wait({claiming}, timeout=lease)
             claiming.cancel()
             await self._finish_running()
-            beat.cancel()
-            control.cancel()
+            for side in (beat, control, slots):
+                side.cancel()
         await self._sign_off()
 
     def drain(self) -> None:
@@ -101,8 +106,8 @@ class Consumer(Worker):
         while not self._draining.is_set():
             free = self._free_slots()
             if free <= 0:
-                await self._until(self._slot_freed.wait())
-                self._slot_freed.clear()
+                await self._until(self._slots_free.wait())
+                self._slots_free.clear()
                 continue
             try:
                 # The number changes only when there was an answer: a lost one is asked for again.
@@ -114,7 +119,7 @@ class Consumer(Worker):
                 self._claim_number += 1
                 for claim in claims:
                     self._start(claim)
-                if not claims:
+                if not claims and self._free_slots() > 0:
                     pause = MAX_IDLE_WAIT if due is None else min(due, MAX_IDLE_WAIT)
                     await self._until(self._queue.wait_for_work(pause))
             except Unavailable as exc:
@@ -124,17 +129,29 @@ class Consumer(Worker):
     def _free_slots(self) -> int:
         if len(self._held) == 1 and next(iter(self._held.values())).suspect:
             return 0
-        return self._info.slots - len(self._held)
+        return self._slots - len(self._held)
+
+    async def _follow_slots(self) -> None:
+        """Take the engine's word for how many jobs it can make use of, and pass it on; claims beyond it go on."""
+        while True:
+            self._slots = self._engine.slots(self._settings.concurrency)
+            self._heart.tell_slots(self._slots)
+            if self._free_slots() > 0:
+                self._slots_free.set()
+            elif self._wait is not None:
+                # Whoever takes no job must not take the wake token of one either.
+                self._wait.cancel()
+            await self._engine.slots_changed()
 
     async def _until(self, waiting: Coroutine[Any, Any, object]) -> None:
-        """Wait for something, but not beyond the start of draining."""
+        """Wait for something, but not beyond the start of draining, or the moment when no slot is free any more."""
         self._wait = asyncio.create_task(waiting, name="wait")
         if self._draining.is_set():
             self._wait.cancel()
         try:
             await self._wait
         except asyncio.CancelledError:
-            if not self._draining.is_set() or (task := asyncio.current_task()) is None or task.cancelling():
+            if (task := asyncio.current_task()) is None or task.cancelling():
                 raise
         finally:
             self._wait.cancel()
@@ -166,7 +183,7 @@ class Consumer(Worker):
         del self._held[claim.fence], self._stops[claim.fence]
         self._heart.held = tuple(self._held.values())
         self._decisions.pop(claim.fence, None)
-        self._slot_freed.set()
+        self._slots_free.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             # What run_job raises is the queue server's failing; the lease runs out and the job is run again.
             log.error("run_job_failed", job=claim.id, error=repr(error))

@@ -30,6 +30,7 @@ log = structlog.get_logger(__name__)
 class Heart:
     """Beats while it is open. ``held`` are the claims to keep alive: replace the tuple when they change.
 
+    What it says of the worker is ``info``, with the slots that ``tell_slots`` was told last.
     ``tell`` is called in the loop that opened it, with the fences whose jobs must stop and why.
     """
 
@@ -39,6 +40,8 @@ class Heart:
         self.held: tuple[Claim, ...] = ()
         self._queue_name = queue
         self._info = info
+        self._slots = info.slots
+        self._is_draining = False
         self._settings = settings
         self._tell = tell
         # A try that fails, a pause and the next try fit between a beat and the end of the lease.
@@ -64,9 +67,16 @@ class Heart:
         """Wait for its end; raises what it died of."""
         await asyncio.shield(self._ended)
 
+    def tell_slots(self, slots: int) -> None:
+        """Say with every beat that the worker runs so many jobs at once; at once if that is none, or some again."""
+        turned = (slots == 0) != (self._slots == 0)
+        self._slots = slots
+        if turned:
+            _send(self._loop, self._poke.set)
+
     def drain(self) -> None:
         """Say with every beat, from now on and at once, that the worker takes no more jobs."""
-        self._info = msgspec.structs.replace(self._info, slots=0)
+        self._is_draining = True
         _send(self._loop, self._poke.set)
 
     def stop(self) -> None:
@@ -112,8 +122,10 @@ class Heart:
                     pause = self._settings.beat - (time.monotonic() - began)
 
     async def _beat(self, queue: JobQueue) -> None:
-        lease = self._settings.lease
-        if stops := await queue.beat(self._info, self.held, lease=lease, ttl=2 * lease):
+        lease, is_draining = self._settings.lease, self._is_draining
+        slots = 0 if is_draining else self._slots  # read once: the worker's thread may write it at any time
+        info = msgspec.structs.replace(self._info, slots=slots, paused=slots == 0 and not is_draining)
+        if stops := await queue.beat(info, self.held, lease=lease, ttl=2 * lease):
             _send(self._owner, self._tell, stops)
 
     async def _sleep(self, seconds: float) -> None:

@@ -22,7 +22,7 @@ from img2img.settings import Settings
 from img2img.upstream import Rates, open_ledger
 from img2img.wiring import open_parts
 from worker.consumer import Consumer
-from worker.engines.base import Engine, EngineInfo
+from worker.engines.base import Engine
 from worker.engines.cloudflare import CloudflareEngine, ImageForm, UpstreamOptions, load_accounts
 from worker.engines.fake import FakeEngine
 from worker.pool import settings_of_worker
@@ -95,8 +95,10 @@ def choose_checker(settings: Settings) -> SafetyChecker | None:
     return DiffusionSafetyChecker(settings.safety_checker)
 
 
-def _describe(name: str, slots: int, engine: EngineInfo) -> WorkerInfo:
-    return WorkerInfo(name, slots, engine.name, engine.model, engine.device, math.prod(engine.native_size))
+def _describe(name: str, engine: Engine, settings: Settings) -> WorkerInfo:
+    info = engine.info
+    slots = engine.slots(settings.concurrency)
+    return WorkerInfo(name, slots, info.name, info.model, info.device, math.prod(info.native_size))
 
 
 async def serve(settings: Settings, engine: Engine, watchdog: Watchdog, checker: SafetyChecker | None = None) -> None:
@@ -110,9 +112,9 @@ async def serve(settings: Settings, engine: Engine, watchdog: Watchdog, checker:
         with watchdog.phase("loading the model"):
             await stack.enter_async_context(engine)
         telemetry.MODEL_LOAD_SECONDS.observe(time.perf_counter() - started)
-        info = _describe(name, settings.concurrency or engine.info.slots, engine.info)
+        info = _describe(name, engine, settings)
         runner = JobRunner(parts.queue, parts.blobs, engine, settings, name, watchdog, checker)
-        consumer = Consumer(parts.queue, runner, info, settings)
+        consumer = Consumer(parts.queue, runner, engine, info, settings)
         watchdog.before_end(consumer.stop_beating)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, consumer.drain)

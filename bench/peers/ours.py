@@ -22,6 +22,7 @@ from img2img.queue_types import Claim, WorkerInfo
 from img2img.settings import Settings
 from img2img.wiring import open_parts
 from worker.consumer import Consumer
+from worker.engines.fake import FakeEngine
 from worker.runner import Decision, Stop
 
 SETTINGS: Final = Settings(redis_url=URL, concurrency=SLOTS)
@@ -62,7 +63,7 @@ async def client() -> AsyncIterator[Submit]:
 async def work() -> None:
     async with open_parts(SETTINGS) as parts:
         info = WorkerInfo("bench", SLOTS, "none", "none", "cpu")
-        consumer = Consumer(parts.queue, NoopRunner(), info, SETTINGS)  # type: ignore[arg-type]
+        consumer = Consumer(parts.queue, NoopRunner(), FakeEngine(), info, SETTINGS)  # type: ignore[arg-type]
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, consumer.drain)
         await consumer.main()
 

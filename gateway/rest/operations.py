@@ -33,7 +33,10 @@ async def live() -> dict[str, str]:
     responses={503: ResponseSpec(dict[str, str | int], description="Jobs could not be taken, or would not be run")},
 )
 async def ready(front: FrontDependency) -> Response[dict[str, str | int]]:
-    """200 once jobs can be taken and run: not draining, the queue server answers, a worker is alive."""
+    """200 once jobs can be taken and run: not draining, the queue server answers, a worker is alive.
+
+    Workers that are ``paused``, because a service that they call takes nothing now, count: other gateways have no more.
+    """
     if front.service.draining:
         return Response({"status": "draining"}, status_code=503)
     try:
@@ -45,7 +48,8 @@ async def ready(front: FrontDependency) -> Response[dict[str, str | int]]:
         return Response({"status": "queue server unavailable", "detail": str(exc)}, status_code=503)
     if not stats.workers:
         return Response({"status": "no worker", "workers": 0}, status_code=503)
-    return Response({"status": "ready", "workers": len(stats.workers)})
+    paused = sum(worker.paused for worker in stats.workers)
+    return Response({"status": "ready", "workers": len(stats.workers), "paused": paused})
 
 
 @get("/metrics", include_in_schema=False, exception_handlers={Img2ImgError: on_img2img_error})

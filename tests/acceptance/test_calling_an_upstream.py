@@ -158,7 +158,7 @@ def test_a_fleet_keeps_within_the_upstreams_limits(stack: Stack, upstream: Upstr
     """Twenty worker processes at three times the load: in the upstream's own count, as many calls as it takes.
 
     One account is bounded by its own limit, with two tokens below theirs; the other by its token's. What is left over
-    cannot be done before its deadline, and is told so.
+    cannot be done before its deadline, and is told so, or is not taken by a worker any more.
     """
     file = tmp_path / "accounts.toml"
     pairs = [("wide", "one"), ("wide", "two"), ("narrow", "three")]
@@ -169,7 +169,7 @@ def test_a_fleet_keeps_within_the_upstreams_limits(stack: Stack, upstream: Upstr
     with stack.gateway(max_job_age="25", refuse_late="false").client() as client:
         jobs = [submit(client, prompt="a lion", seed=seed, width=256, height=256)["id"] for seed in range(210)]
         outcomes = Counter((job.get("error") or {}).get("code") for job in (ended(client, job_id) for job_id in jobs))
-    assert outcomes == {None: 70, "upstream_busy": 140}
+    assert (outcomes[None], outcomes["upstream_busy"] + outcomes["expired"]) == (70, 140)
     seen = upstream.limits()
     assert {account: count["calls"] for account, count in seen["accounts"].items()} == {"wide": 40, "narrow": 30}
     assert all(count["refused"] == 0 for kind in ("accounts", "tokens") for count in seen[kind].values())

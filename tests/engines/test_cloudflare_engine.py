@@ -32,11 +32,16 @@ from img2img.errors import (
 )
 from img2img.jobs import Stage
 from img2img.requests import Sampler
+from tests.days import PATIENCE, keep_within_a_day
 from tests.stack import DOG
 from tests.upstream.api import MODEL, Api
 from tests.upstream.server import Upstream
-from worker.engines.base import Image, Notice, Pictures, Progress, Sent
+from worker.engines.base import Image, Notice, Output, Pictures, Progress, Sent
 from worker.engines.cloudflare import CloudflareEngine
+
+
+def notes_of(outputs: list[Output]) -> list[str]:
+    return [output.message for output in outputs if isinstance(output, Notice)]
 
 
 async def test_a_picture_and_what_made_it(engine: CloudflareEngine, api: Api) -> None:
@@ -118,6 +123,7 @@ async def test_what_becomes_of_a_job_and_how_often_it_calls(
     valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis, behaviour: str, kind: type[JobError], calls: int
 ) -> None:
     """Another call is made only where it may help, and no more than the setting says."""
+    keep_within_a_day(PATIENCE)
     async with opened(valkey_url, upstream.url, max_calls=2) as engine:
         error, _ = await failure_of(engine, task_of(behaviour))
     assert type(error) is kind
@@ -148,8 +154,31 @@ async def test_what_no_call_can_ask_for_is_refused(
 
 async def test_a_sampler_that_cannot_be_chosen_is_noted(engine: CloudflareEngine) -> None:
     outputs = await outputs_of(engine, task_of(sampler=Sampler.EULER))
-    notes = [output.message for output in outputs if isinstance(output, Notice)]
-    assert notes == ["options.sampler was ignored: the upstream has a sampler of its own"]
+    assert notes_of(outputs) == ["options.sampler was ignored: the upstream has a sampler of its own"]
+
+
+@pytest.mark.parametrize(
+    ("seed", "sent", "notes"),
+    [
+        (2**53 - 1, 2**53 - 1, []),
+        (2**53, 0, ["seed 9007199254740992 was sent as 0, modulo 2^53: larger ones may be rounded on their way"]),
+        (
+            2**64 - 1,
+            2**53 - 1,
+            [
+                "seed 18446744073709551615 was sent as 9007199254740991, modulo 2^53: "
+                "larger ones may be rounded on their way"
+            ],
+        ),
+    ],
+)
+async def test_a_seed_that_json_may_not_carry_is_reduced_and_noted(
+    engine: CloudflareEngine, api: Api, seed: int, sent: int, notes: list[str]
+) -> None:
+    """The job keeps its seed, and says which one the call had."""
+    outputs = await outputs_of(engine, task_of(seed=seed))
+    assert api.calls[0].fields["seed"] == sent
+    assert notes_of(outputs) == notes
 
 
 class TestLostAnswers:
@@ -233,4 +262,3 @@ async def test_no_token_is_in_a_log_or_an_error(valkey_url: str, upstream: Upstr
 async def test_it_says_what_it_is(engine: CloudflareEngine) -> None:
     info = engine.info
     assert (info.name, info.model, info.device, info.native_size) == ("cloudflare", MODEL, "api", (512, 512))
-    assert info.slots == 64

@@ -40,7 +40,8 @@ def forwards(monkeypatch) -> list[str]:
 
 async def test_a_picture_from_the_bundled_model(dog):
     async with DiffusionEngine("emoji-sd", "cpu") as diffusion:
-        assert diffusion.info == EngineInfo("diffusion", "emoji-sd", "cpu", (256, 256), slots=4)
+        assert diffusion.info == EngineInfo("diffusion", "emoji-sd", "cpu", (256, 256))
+        assert (diffusion.slots(0), diffusion.slots(9)) == (4, 9)
 
         outputs = await collect(diffusion.generate(task_of(), Pictures(dog)))
 

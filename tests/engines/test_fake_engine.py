@@ -30,6 +30,7 @@ async def picture_of(task: Task, pictures: Pictures | None = None, engine: FakeE
 async def test_what_it_is():
     async with FakeEngine() as fake:
         assert fake.info == EngineInfo("fake", "fake", "cpu", (256, 256))
+        assert (fake.slots(0), fake.slots(9)) == (1, 9)
 
 
 async def test_the_same_task_gives_the_same_picture(dog):

@@ -146,9 +146,8 @@ def _unpacked(packed: Any) -> Message:
 async def _worker(parts: Parts) -> AsyncIterator[None]:
     async with FakeEngine() as engine:
         info = WorkerInfo(f"worker-{uuid4().hex}", parts.settings.concurrency, "fake", "fake", "cpu")
-        consumer = Consumer(
-            parts.queue, JobRunner(parts.queue, parts.blobs, engine, parts.settings, info.id), info, parts.settings
-        )
+        runner = JobRunner(parts.queue, parts.blobs, engine, parts.settings, info.id)
+        consumer = Consumer(parts.queue, runner, engine, info, parts.settings)
         async with asyncio.TaskGroup() as group:
             group.create_task(consumer.main(), name="worker")
             try:

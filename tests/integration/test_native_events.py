@@ -354,7 +354,7 @@ def test_health_needs_no_key(gateway: Gateway) -> None:
     with gateway.client() as nobody:
         assert nobody.get("/health/live").json() == {"status": "live"}
         ready = nobody.get("/health/ready")
-        assert (ready.status_code, ready.json()) == (200, {"status": "ready", "workers": 1})
+        assert (ready.status_code, ready.json()) == (200, {"status": "ready", "workers": 1, "paused": 0})
 
 
 def test_without_workers_the_service_is_not_ready(stack: Stack, unused: Iterator[str]) -> None:

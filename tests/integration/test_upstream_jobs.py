@@ -9,6 +9,7 @@ import pytest
 
 from img2img.client import Client
 from tests.calls import is_picture, model_error, run_path
+from tests.days import PATIENCE, keep_within_a_day
 from tests.stack import Gateway, Process, Stack, eventually, state_of, submit
 from tests.upstream.api import MODEL, Api
 from tests.upstream.running import running_upstream
@@ -141,7 +142,8 @@ def test_a_canceled_job_hangs_up_at_once(http: httpx.Client, workers: Workers, a
 
 
 def test_when_the_day_is_used_up_the_job_waits_in_the_queue(http: httpx.Client, workers: Workers, api: Api) -> None:
-    """At no cost, until midnight; one with a deadline before that is told at once."""
+    """At no cost, until midnight; one that comes later is not even started."""
+    keep_within_a_day(PATIENCE)
     workers.start()
     patient = submit(http, prompt="upstream:3036")
     waiting = eventually(
@@ -151,7 +153,18 @@ def test_when_the_day_is_used_up_the_job_waits_in_the_queue(http: httpx.Client, 
     assert (waiting["state"], waiting["failures"], waiting["interruptions"]) == ("queued", 0, 1)
     assert waiting["history"][0]["error"]["code"] == "upstream_busy"
     hurried = ended(http, submit(http, prompt="a lion", options={"deadline_seconds": 0.9}))
-    assert (hurried["state"], hurried["error"]["code"]) == ("failed", "upstream_busy")
+    assert (hurried["state"], hurried["error"]["code"], hurried["attempt"]) == ("expired", "expired", 0)
+    assert len(api.calls) == 1
+
+
+def test_when_the_day_is_used_up_a_job_with_a_deadline_before_midnight_is_told_at_once(
+    http: httpx.Client, workers: Workers, api: Api
+) -> None:
+    """If a worker has taken it by then."""
+    keep_within_a_day(PATIENCE)
+    workers.start()
+    job = ended(http, submit(http, prompt="upstream:3036", options={"deadline_seconds": 30}))
+    assert (job["state"], job["error"]["code"]) == ("failed", "upstream_busy")
     assert len(api.calls) == 1
 
 

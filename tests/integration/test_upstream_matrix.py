@@ -5,7 +5,6 @@ an engine of its own, so that none opens another's breaker or fills its limits; 
 """
 
 import asyncio
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +17,7 @@ from img2img.queue_types import Claim
 from img2img.settings import Settings
 from img2img.upstream import Rates, open_ledger
 from img2img.wiring import Parts, open_parts
+from tests.days import keep_within_a_day
 from tests.queue.calls import claim_one, submit
 from tests.upstream.api import Api
 from tests.upstream.calls import Call
@@ -30,6 +30,8 @@ LONG: Final = 3 * 24 * 3600.0
 SHORT: Final = 3.0
 """Rows with this deadline run alone, so that the others do not use it up."""
 LEASE: Final = 120.0
+DAY_SECONDS: Final = 100.0
+"""More than a row's deadline of a minute: a day must not end before it."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,8 +223,7 @@ async def claimed(parts: Parts, row: Row) -> Claim:
 
 @pytest.fixture(scope="module")
 def seen(valkey_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Seen]]:
-    if 24 * 3600 - time.time() % (24 * 3600) < 120:
-        pytest.skip("accounts are parked until 00:00 UTC, which is now")
+    keep_within_a_day(DAY_SECONDS)
     api = Api()
     with running_upstream(api) as upstream:
         api.limit(10**6, 60.0, 10**6, 300.0)

@@ -249,6 +249,15 @@ async def test_reject_if_busy_counts_free_slots(queue: JobQueue) -> None:
         await submit(queue, options=busy)
 
 
+async def test_a_worker_that_is_paused_is_listed_and_one_that_drains_is_not(queue: JobQueue) -> None:
+    """Neither takes a job now, but one of them will again; a worker of an earlier release says nothing of pauses."""
+    worker = WorkerInfo("w1", 1, "fake", "fake", "cpu")
+    paused = msgspec.structs.replace(worker, slots=0, paused=True)
+    for said, listed in ((worker, (worker,)), (paused, (paused,)), (msgspec.structs.replace(worker, slots=0), ())):
+        await queue.beat(said, [], lease=LEASE, ttl=LEASE)
+        assert (await queue.stats()).workers == listed
+
+
 async def test_the_last_waiter_to_leave_starts_the_grace_period(queue: JobQueue) -> None:
     """With two waiters one may go; after the last, the job ends when its grace is over."""
     one, two = Waiter("one", 60_000, 20), Waiter("two", 60_000, 20)

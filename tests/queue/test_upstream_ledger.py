@@ -8,11 +8,13 @@ import pytest
 from arq.connections import ArqRedis
 
 from img2img.upstream import Books, Credential, Pause, Rates, UpstreamLedger
+from tests.days import keep_within_a_day
 
 FIRST: Final = Credential("first", "token-of-first")
 SECOND: Final = Credential("second", "token-of-second")
 PREFIX: Final = "img2img:{0}:"
 DAY: Final = 24 * 3600 * 1000
+TEST_SECONDS: Final = 5.0
 
 
 def ledger_of(redis: ArqRedis, account: int = 10, token: int = 100) -> UpstreamLedger:
@@ -97,6 +99,7 @@ async def test_two_tokens_of_an_account_share_its_window(redis: ArqRedis) -> Non
 
 async def test_an_account_is_parked_until_midnight(redis: ArqRedis) -> None:
     """00:00 UTC by the server's clock, for all workers and all of its tokens; others go on."""
+    keep_within_a_day(TEST_SECONDS)
     one, other = ledger_of(redis), ledger_of(redis)
     await one.settle(FIRST, parked=True)
     seconds, _ = await redis.time()
@@ -120,6 +123,7 @@ async def test_a_held_credential_rests(redis: ArqRedis) -> None:
 
 
 async def test_who_waits_for_several_waits_for_the_first(redis: ArqRedis) -> None:
+    keep_within_a_day(TEST_SECONDS)
     ledger = ledger_of(redis, account=1)
     await ledger.settle(FIRST, parked=True)
     await admitted(ledger, SECOND, calls=1)
@@ -130,6 +134,7 @@ async def test_who_waits_for_several_waits_for_the_first(redis: ArqRedis) -> Non
 
 async def test_the_books_say_what_a_day_cost(redis: ArqRedis) -> None:
     """Calls as they are made, pictures and neurons as they come."""
+    keep_within_a_day(TEST_SECONDS)
     ledger = ledger_of(redis)
     await admitted(ledger, FIRST, SECOND, calls=5)
     for _ in range(2):

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from worker.engines.cloudflare.gate import FIRST_LIMIT, AdaptiveLimit, Breaker, Gate, Signal, Turn
+from worker.engines.cloudflare.gate import FIRST_LIMIT, READY_JOBS, AdaptiveLimit, Breaker, Gate, Signal, Turn
 
 
 class Clock:
@@ -64,14 +64,26 @@ class TestLimit:
             limit.done(call, call + 1, work=5, running=1)
         assert limit.calls == FIRST_LIMIT
 
-    def test_a_call_that_takes_much_longer_than_usual_is_an_overload(self) -> None:
-        """For its work: twenty steps may take longer than one."""
+    def test_two_calls_in_a_row_that_take_much_longer_than_usual_are_an_overload(self) -> None:
+        """For their work: twenty steps may take longer than one."""
         limit = AdaptiveLimit(1, 64)
         limit.done(0, 1, work=0, running=1)
-        limit.done(10, 15, work=20, running=1)
+        for began in (10, 20):
+            limit.done(began, began + 5, work=20, running=1)
         assert limit.calls == FIRST_LIMIT
-        limit.done(20, 24, work=0, running=1)
+        for began in (30, 40):
+            limit.done(began, began + 4, work=0, running=1)
         assert limit.calls < FIRST_LIMIT
+
+    def test_a_single_slow_call_neither_shrinks_nor_grows_it(self) -> None:
+        """However often that happens, as long as calls in time come in between."""
+        limit = AdaptiveLimit(1, 64)
+        limit.done(0, 0.1, work=0, running=1)
+        for began in range(1, 10):
+            limit.done(began, began + 0.5, work=0, running=limit.calls)
+            assert limit.calls == FIRST_LIMIT
+            for _ in range(9):
+                limit.done(began, began + 0.1, work=0, running=1)
 
 
 class TestBreaker:
@@ -170,3 +182,59 @@ class TestTurns:
                 first.ended(Signal.DONE)
                 stack.close()
                 await second
+
+
+class TestSlots:
+    """How many jobs a worker had better have."""
+
+    def test_as_many_as_calls_and_a_few_that_are_ready(self) -> None:
+        gate = Gate(1, 64, 5)
+        assert gate.slots == FIRST_LIMIT + READY_JOBS
+        gate.limit.overloaded(began=0, now=1)
+        assert gate.slots == gate.limit.calls + READY_JOBS < FIRST_LIMIT
+
+    async def test_none_while_the_breaker_is_open_and_one_to_try(self, clock: Clock) -> None:
+        """Still one while it tries, and all when its answer has come."""
+        gate = Gate(1, 8, 1, clock)
+        with gate.turn() as turn:
+            await turn.take()
+            turn.ended(Signal.FAILED)
+        assert gate.slots == 0
+        clock.now = 5.0
+        assert gate.slots == 1
+        with gate.turn() as turn:
+            await turn.take()
+            assert gate.slots == 1
+            turn.ended(Signal.DONE)
+        assert gate.slots == FIRST_LIMIT + READY_JOBS
+
+    async def test_none_again_when_the_one_that_tried_has_failed(self, clock: Clock) -> None:
+        gate = Gate(1, 8, 1, clock)
+        for now in (0.0, 5.0):
+            clock.now = now
+            with gate.turn() as turn:
+                await turn.take()
+                turn.ended(Signal.FAILED)
+            assert gate.slots == 0
+
+    def test_none_for_as_long_as_nobody_can_call(self, clock: Clock) -> None:
+        gate = Gate(1, 8, 1, clock)
+        gate.close(60.0)
+        clock.now = 59.0
+        assert gate.slots == 0
+        clock.now = 60.0
+        assert gate.slots == FIRST_LIMIT + READY_JOBS
+
+    async def test_whoever_asks_hears_of_a_change(self) -> None:
+        """Of the end of a call, of a gate that closes, and of one that opens by itself."""
+        gate = Gate(1, 8, 5)
+        with gate.turn() as turn:
+            await turn.take()
+            for change in (lambda: turn.__exit__(), lambda: gate.close(0.01)):
+                listening = asyncio.create_task(gate.slots_changed())
+                await come_round()
+                assert not listening.done()
+                change()
+                await listening
+        while gate.slots == 0:
+            await gate.slots_changed()

@@ -1,6 +1,7 @@
 """What a worker asks of an engine.
 
-An engine is opened once per worker (``async with``) and then asked for pictures, for as many at once as it has slots.
+An engine is opened once per worker (``async with``) and then asked for pictures, for as many at once as it has slots,
+which may change while it is open.
 It never blocks the event loop: heavy work runs in a thread of its own.
 """
 
@@ -54,16 +55,12 @@ def steps_of(task: Task, pictures: Pictures) -> int:
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What an opened engine is: ``name`` for records, ``native_size`` in pixels (width, height).
-
-    ``slots`` is how many tasks it can make use of at once.
-    """
+    """What an opened engine is: ``name`` for records, ``native_size`` in pixels (width, height)."""
 
     name: str
     model: str
     device: str
     native_size: tuple[int, int]
-    slots: int = 1
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -138,6 +135,14 @@ class Engine(Protocol):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+    def slots(self, setting: int) -> int:
+        """How many tasks it can make use of at once, now; ``setting`` is the operator's number, or 0."""
+        ...
+
+    async def slots_changed(self) -> None:
+        """Wait until ``slots`` may answer otherwise than now, if that ever happens."""
+        ...
 
     async def broken(self) -> None:
         """Wait until the engine can make no picture any more, if that ever happens: its worker had better end."""

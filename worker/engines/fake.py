@@ -82,6 +82,14 @@ class FakeEngine:
     ) -> None:
         """Nothing to close."""
 
+    def slots(self, setting: int) -> int:
+        """As many as are asked for, else one."""
+        return setting or 1
+
+    async def slots_changed(self) -> None:
+        """They never do."""
+        await asyncio.Event().wait()
+
     async def broken(self) -> None:
         """It never is."""
         await asyncio.Event().wait()

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from PIL import Image
@@ -11,7 +11,9 @@ from worker.engines.base import Pictures, Task
 
 ImageForm = Literal["base64", "integers"]
 """How the input picture is written: ``image_b64``, or ``image``, in which each byte is a number."""
-PNG_LEVEL = 1  # the upload is short of time, not of bytes
+SEEDS: Final = 2**53
+"""From here on a JSON number may change on its way: many readers hold it as a double."""
+PNG_LEVEL: Final = 1  # the upload is short of time, not of bytes
 
 
 def encode_body(task: Task, pictures: Pictures, form: ImageForm) -> bytes:
@@ -26,7 +28,7 @@ def encode_body(task: Task, pictures: Pictures, form: ImageForm) -> bytes:
         "height": task.height,
         "num_steps": task.num_steps,
         "guidance": task.guidance,
-        "seed": task.seed,
+        "seed": sent_seed(task.seed),
     }
     if task.negative_prompt:
         body["negative_prompt"] = task.negative_prompt
@@ -41,6 +43,11 @@ def encode_body(task: Task, pictures: Pictures, form: ImageForm) -> bytes:
         # Between 0 and 255 there is nothing that a mask could mean.
         body["mask"] = list(_png(pictures.mask, size, Image.Resampling.NEAREST))
     return msgspec.json.encode(body)
+
+
+def sent_seed(seed: int) -> int:
+    """The seed as it is sent for a task with this one."""
+    return seed % SEEDS
 
 
 def _png(picture: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> bytes:

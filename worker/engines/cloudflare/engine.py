@@ -7,14 +7,13 @@ record before it is; ``Answered`` takes that back when the answer brought no pic
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import msgspec
 import structlog
-from PIL import Image as PillowImage
 
 from img2img import telemetry
 from img2img.errors import (
@@ -26,35 +25,31 @@ from img2img.errors import (
     UpstreamRefused,
     UpstreamUnknown,
 )
-from img2img.jobs import OnLost, Receipt, Stage, UpstreamCall
+from img2img.jobs import OnLost, Stage
 from img2img.schema import MODEL
 from img2img.upstream import Credential, Pause, UpstreamLedger
 from worker.engines.base import (
     Answered,
     Checkpoint,
     EngineInfo,
-    Image,
     Notice,
     Output,
     Pictures,
     Progress,
     Sent,
     Task,
-    steps_of,
 )
 from worker.engines.cloudflare.accounts import Account
-from worker.engines.cloudflare.bodies import ImageForm, encode_body
-from worker.engines.cloudflare.exchange import Answer, Exchange, NeverSent, NoAnswer
+from worker.engines.cloudflare.bodies import ImageForm, encode_body, sent_seed
+from worker.engines.cloudflare.called import Called, finish, read_answer
+from worker.engines.cloudflare.exchange import Exchange, NeverSent, NoAnswer
 from worker.engines.cloudflare.gate import Gate, Signal, Turn
-from worker.engines.cloudflare.hints import hold_seconds, neurons, retry_after
-from worker.engines.cloudflare.outcomes import Action, Outcome, Verdict, classify
-from worker.engines.cloudflare.pictures import NoPicture, read_picture
-from worker.engines.receipts import pixels_digest
+from worker.engines.cloudflare.outcomes import Action, Outcome, Verdict
 
-DEVICE: Final = "Cloudflare Workers AI"
 NATIVE_SIZE: Final = (512, 512)
 PATIENCE: Final = 30.0
-"""Seconds for which a job waits in the worker for its turn; what takes longer is waited for in the queue."""
+"""Seconds for which a job waits in the worker for its turn; what takes longer is waited for in the queue, and while it
+is known to take longer the engine has no slots."""
 FIRST_PAUSE: Final = 0.5
 LONGEST_PAUSE: Final = 8.0
 SPREAD: Final = 5.0
@@ -97,21 +92,6 @@ class UpstreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     breaker: int = 5
 
 
-class Called(msgspec.Struct, frozen=True):
-    """How one call went, and what came with it.
-
-    The upstream asked for a ``pause`` before the next call of any kind, and takes none with that credential while it is
-    ``held`` (seconds).
-    """
-
-    verdict: Verdict
-    request_id: str = ""
-    neurons: float | None = None
-    pause: float = 0.0
-    held: float = 0.0
-    picture: PillowImage.Image | None = None
-
-
 class CloudflareEngine:
     """Makes pictures by calling Workers AI with one of ``accounts``; ``ledger`` is opened with the engine."""
 
@@ -127,7 +107,7 @@ class CloudflareEngine:
 
     @property
     def info(self) -> EngineInfo:
-        return EngineInfo("cloudflare", MODEL, "api", NATIVE_SIZE, self._options.highest)
+        return EngineInfo("cloudflare", MODEL, "api", NATIVE_SIZE)
 
     async def __aenter__(self) -> Self:
         self._ledger = await self._stack.enter_async_context(self._unopened)
@@ -140,6 +120,15 @@ class CloudflareEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.aclose()
+
+    def slots(self, setting: int) -> int:
+        """As many as the upstream takes calls now, and a few that are ready; at most ``setting``, if that is given."""
+        slots = self._gate.slots
+        return min(slots, setting) if setting else slots
+
+    async def slots_changed(self) -> None:
+        """An answer came, or the time has passed for which no call could be made."""
+        await self._gate.slots_changed()
 
     async def broken(self) -> None:
         """It never is: an upstream that fails comes back."""
@@ -162,8 +151,8 @@ class CloudflareEngine:
         """
         _check(task)
         yield Progress(Stage.UPSTREAM)
-        if task.sampler is not None:
-            yield Notice("options.sampler was ignored: the upstream has a sampler of its own")
+        for notice in _notices(task):
+            yield notice
         body = await _encoded(task, pictures, self._options.images)
         tries = Tries(self._accounts, self._options, task.deadline)
         while True:
@@ -175,7 +164,7 @@ class CloudflareEngine:
                 called = await self._call(turn, account, body, task)
             if called.picture is not None:
                 yield Progress(Stage.DECODE_IMAGE)
-                yield await asyncio.to_thread(_finish, called, called.picture, account, task, pictures)
+                yield await asyncio.to_thread(finish, called, called.picture, account, task, pictures)
                 return
             if called.verdict.outcome is not Outcome.LOST:
                 yield Answered()
@@ -213,6 +202,8 @@ class CloudflareEngine:
                 continue
             if not isinstance(answer, Pause):
                 return answer
+            if answer.seconds > PATIENCE and len(tries.accounts) == len(self._accounts):
+                self._gate.close(answer.seconds)
             if time.monotonic() + answer.seconds > ends:
                 raise UpstreamBusy(WAITS[answer.why], _spread(answer.seconds))
             await asyncio.sleep(answer.seconds)
@@ -222,7 +213,7 @@ class CloudflareEngine:
         turn.begin()
         try:
             answer = await self._exchange.call(account, body, max(task.deadline - time.monotonic(), 0.0))
-            called = await _read(answer, (task.width, task.height))
+            called = await read_answer(answer, (task.width, task.height))
         except NeverSent as exc:
             called = Called(Verdict(Outcome.UNREACHABLE, str(exc)))
         except NoAnswer as exc:
@@ -277,7 +268,7 @@ class Tries:
             JobError: there is none: the kind says what becomes of the job.
         """
         self._calls += 1
-        outcome, words = called.verdict.outcome, _told(called)
+        outcome, words = called.verdict.outcome, called.told
         match outcome.action:
             case Action.CENSOR:
                 raise UnsafeOutput(
@@ -326,46 +317,18 @@ def _check(task: Task) -> None:
         raise ModelRefused("options.previews: the upstream shows nothing before the end: leave the option out")
 
 
+def _notices(task: Task) -> Iterator[Notice]:
+    """Where the call differs from what was asked for."""
+    if task.sampler is not None:
+        yield Notice("options.sampler was ignored: the upstream has a sampler of its own")
+    if (seed := sent_seed(task.seed)) != task.seed:
+        yield Notice(f"seed {task.seed} was sent as {seed}, modulo 2^53: larger ones may be rounded on their way")
+
+
 async def _encoded(task: Task, pictures: Pictures, form: ImageForm) -> bytes:
     if pictures.image is None:
         return encode_body(task, pictures, form)
     return await asyncio.to_thread(encode_body, task, pictures, form)
-
-
-async def _read(answer: Answer, size: tuple[int, int]) -> Called:
-    verdict, picture = classify(answer), None
-    if verdict.outcome is Outcome.PICTURE:
-        try:
-            picture = await asyncio.to_thread(read_picture, answer, size)
-        except NoPicture as exc:
-            verdict = Verdict(Outcome.NO_PICTURE, str(exc))
-    asked = retry_after(answer.headers)
-    held = hold_seconds(answer.headers)
-    if verdict.outcome is Outcome.RATE:
-        held = max(held, asked)
-    return Called(verdict, answer.request_id, neurons(answer.headers), asked, held, picture)
-
-
-def _finish(called: Called, picture: PillowImage.Image, account: Account, task: Task, pictures: Pictures) -> Image:
-    receipt = Receipt(
-        pixels_sha256=pixels_digest(picture),
-        model=MODEL,
-        revision="",
-        weights={},
-        sampler="",
-        steps=steps_of(task, pictures),
-        precision="",
-        device=DEVICE,
-        versions={},
-    )
-    call = UpstreamCall(request_id=called.request_id, account=account.label, neurons=called.neurons)
-    return Image(picture, receipt, call)
-
-
-def _told(called: Called) -> str:
-    """What the upstream said, to stand inside a sentence, and the name under which it knows the call."""
-    words = called.verdict.words.rstrip(".")
-    return f" ({words}; request {called.request_id})" if called.request_id else f" ({words})"
 
 
 def _jittered(seconds: float) -> float:

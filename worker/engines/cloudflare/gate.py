@@ -2,7 +2,8 @@
 
 The limit goes by additive increase and multiplicative decrease, as TCP's window does: it grows while calls come back
 in time, by one a call until the first sign of overload and then by one a round of calls, and shrinks at that sign.
-The breaker opens when call after call fails, and then lets one through from time to time.
+The breaker opens when call after call fails, and then lets one through from time to time. How many jobs a worker had
+better have follows from both.
 """
 
 import asyncio
@@ -16,12 +17,16 @@ from typing import Final, Self
 FIRST_LIMIT: Final = 8
 DECREASE: Final = 0.7
 SLOW_FACTOR: Final = 3.0
-"""A call that takes so many times as long as such calls take on average is a sign of overload."""
+"""A call that takes so many times as long as such calls take on average is slow."""
+SLOW_CALLS: Final = 2
+"""So many slow calls in a row are a sign of overload; a single one says as much about itself."""
 SECONDS_WEIGHT: Final = 0.05
 FIXED_WORK: Final = 5.0
 """Around its steps a call costs about as much as so many of them."""
 FIRST_OPEN: Final = 5.0
 LONGEST_OPEN: Final = 60.0
+READY_JOBS: Final = 2
+"""So many jobs more than calls keep all calls busy: one is being prepared while the result of another is stored."""
 
 
 class Signal(Enum):
@@ -44,6 +49,7 @@ class AdaptiveLimit:
         self._highest = highest
         self._limit = float(min(max(lowest, FIRST_LIMIT), highest))
         self._mean: float | None = None
+        self._slow = 0
         self._cut_at = -math.inf
 
     @property
@@ -55,9 +61,11 @@ class AdaptiveLimit:
         seconds = (now - began) / (FIXED_WORK + work)
         mean = self._mean
         self._mean = seconds if mean is None else mean + SECONDS_WEIGHT * (seconds - mean)
-        if mean is not None and seconds > SLOW_FACTOR * mean:
+        is_slow = mean is not None and seconds > SLOW_FACTOR * mean
+        self._slow = self._slow + 1 if is_slow else 0
+        if self._slow >= SLOW_CALLS:
             self.overloaded(began, now)
-        elif 2 * running > self._limit:  # what is not made use of tells nothing
+        elif not is_slow and 2 * running > self._limit:  # what is not made use of tells nothing
             step = 1.0 if self._cut_at == -math.inf else 1 / self._limit
             self._limit = min(self._highest, self._limit + step)
 
@@ -118,10 +126,43 @@ class Gate:
         self.breaker = Breaker(failures, clock)
         self.running = 0
         self.clock = clock
-        self.changed = asyncio.Event()
+        self._closed_until = -math.inf
+        self._changed = asyncio.Event()
 
     def turn(self) -> "Turn":
         return Turn(self)
+
+    def close(self, seconds: float) -> None:
+        """Nobody can make a call for so long: more jobs than there are would only wait here."""
+        self._closed_until = self.clock() + seconds
+        self.ring()
+
+    @property
+    def slots(self) -> int:
+        """How many jobs can be made use of now: none before a call may be made, one to try an upstream that failed."""
+        if self._idle() > 0:
+            return 0
+        return 1 if self.breaker.is_open else self.limit.calls + READY_JOBS
+
+    async def slots_changed(self) -> None:
+        """Wait until ``slots`` may be another number."""
+        await self.change(self._idle() or math.inf)
+
+    def ring(self) -> None:
+        """Tell all who wait that something has changed."""
+        self._changed.set()
+
+    async def change(self, seconds: float) -> None:
+        """Wait until something has changed, at most so long."""
+        self._changed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds if seconds < math.inf else None):
+                await self._changed.wait()
+
+    def _idle(self) -> float:
+        """Seconds until a call may be made; 0 while one tries: whoever made it may have to try again."""
+        pause = self.breaker.pause()
+        return max(0.0, self._closed_until - self.clock(), pause if pause < math.inf else 0.0)
 
 
 class Turn:
@@ -148,16 +189,13 @@ class Turn:
             gate.limit.overloaded(self._began, now)
         gate.breaker.ended(self._signal, probe=self._is_probe)
         gate.running -= 1
-        gate.changed.set()
+        gate.ring()
 
     async def take(self) -> None:
         """Wait until one more call may be made."""
         gate = self._gate
         while (pause := gate.breaker.pause()) > 0 or gate.running >= gate.limit.calls:
-            gate.changed.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(pause if 0 < pause < math.inf else None):
-                    await gate.changed.wait()
+            await gate.change(pause or math.inf)
         self._is_probe = gate.breaker.begin()
         gate.running += 1
         self._began = gate.clock()

@@ -62,8 +62,7 @@ class DiffusionEngine:
     def info(self) -> EngineInfo:
         models = [lane.model for lane in self._opened()]
         device = ", ".join(str(model.device) for model in models)
-        slots = sum(_limits(model, self._options).max_rows // GUIDED_ROWS for model in models)
-        return EngineInfo(NAME, models[0].name, device, models[0].native_size, slots)
+        return EngineInfo(NAME, models[0].name, device, models[0].native_size)
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
@@ -90,6 +89,14 @@ class DiffusionEngine:
         await asyncio.gather(*running, return_exceptions=True)
         for thread in threads:
             thread.shutdown(wait=False, cancel_futures=True)
+
+    def slots(self, setting: int) -> int:
+        """As many guided tasks as fit into a pass of each device, unless the operator says otherwise."""
+        return setting or sum(_limits(lane.model, self._options).max_rows // GUIDED_ROWS for lane in self._opened())
+
+    async def slots_changed(self) -> None:
+        """They never do."""
+        await asyncio.Event().wait()
 
     async def broken(self) -> None:
         """Wait until a lane ends by itself, whose device or code has failed."""
