@@ -14,6 +14,9 @@ local SWEEP_EVERY = 20
 local ANSWER_KEPT = 60000
 local last = P .. 'claimed:' .. worker
 
+-- Whether the list in a job's record has more than one pool.
+local function has_others(pools) return pools and string.find(pools, '},{', 1, true) and 1 or 0 end
+
 -- What is answered again for a job that this worker still holds.
 local function claim_of(id)
   local v = redis.call('HMGET', job_key(id), 'fence', 'attempt', 'spec', 'created', 'expires', 'crashes', 'worker', 'state',
@@ -21,7 +24,7 @@ local function claim_of(id)
   if v[7] ~= worker or v[8] ~= 'running' then return nil end
   redis.call('ZADD', OWN.leases, 'XX', int(NOW + lease), id)
   redis.call('PEXPIRE', 'arq:in-progress:' .. arq_id(id), lease)
-  return { id, tonumber(v[1]), tonumber(v[2]), v[3], v[4], v[5], NOW, v[6] and 1 or 0, v[9] or '0', v[10], v[11] and 1 or 0 }
+  return { id, tonumber(v[1]), tonumber(v[2]), v[3], v[4], v[5], NOW, v[6] and 1 or 0, v[9] or '0', v[10], has_others(v[11]) }
 end
 
 -- Never again the same, even after a failover to a server that has not seen the latest ones: they follow the clock.
@@ -41,7 +44,7 @@ local function take(id, job, suspect)
   redis.call('SET', 'arq:in-progress:' .. arq_id(id), worker, 'PX', lease)
   emit(id, 'running', '{"attempt":' .. attempt .. ',"worker":' .. cjson.encode(worker) .. '}')
   return { id, fence, attempt, job.spec, job.created, job.expires, NOW, suspect, job.failures or '0', job.checkpoint,
-    job.pools and 1 or 0 }
+    has_others(job.pools) }
 end
 
 local MAX_EXPIRED = 50

@@ -233,6 +233,13 @@ async def test_a_deferred_job_stays_until_its_time(queue: JobQueue, local: JobQu
     assert await pool_of(queue, job_id) == "local"
 
 
+async def test_a_claim_tells_whether_the_job_may_go_elsewhere(queue: JobQueue, burst: JobQueue) -> None:
+    await work(burst)
+    for choices in ([Candidate("burst")], [Candidate("burst", price=1, tenant_cap=9)], pools()):
+        await submit(queue, pools=choices)
+        assert (await claim_one(burst)).may_go_elsewhere == (len(choices) > 1)
+
+
 async def test_a_job_of_one_pool_stays(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
     await work(burst)
     job_id = await submit(queue, pools=[Candidate("local")])
