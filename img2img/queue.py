@@ -373,10 +373,11 @@ class JobQueue:
 
     async def stats(self) -> QueueStats:
         """How much waits and runs, and which workers take jobs, now or after a pause (one that drains takes none)."""
-        waiting, delayed, running, quarantined, seconds, workers = await self._scripts.run("stats")
+        waiting, delayed, running, quarantined, seconds, workers, oldest = await self._scripts.run("stats")
         known = (msgspec.json.decode(raw, type=WorkerInfo) for raw in workers)
         taking = tuple(worker for worker in known if worker.slots or worker.paused)
-        return QueueStats(waiting - delayed, delayed, running, quarantined, round(float(seconds), 3), taking)
+        work = round(float(seconds), 3)
+        return QueueStats(waiting - delayed, delayed, running, quarantined, work, oldest / 1000, taking)
 
     async def _pop(self, key: str, timeout: float) -> str | None:
         with translated():
@@ -398,6 +399,3 @@ class JobQueue:
         """The records, for :func:`read_job`, of those of the jobs that there are."""
         rows = await self._scripts.run("look", len(JOB_FIELDS), *JOB_FIELDS, *job_ids)
         return [(job_id, row) for job_id, row in zip(job_ids, rows, strict=True) if row is not None]
-
-    def _control_key(self, worker: str) -> str:
-        return f"{self.prefix}control:{worker}"

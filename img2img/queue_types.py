@@ -124,13 +124,17 @@ class Discard(msgspec.Struct, frozen=True):
 
 
 class QueueStats(msgspec.Struct, frozen=True):
-    """Counts at one moment; ``seconds`` is the estimated work of the jobs that are ready to start."""
+    """Counts at one moment; ``seconds`` is the estimated work of the jobs that are ready to start.
+
+    ``oldest_seconds`` is how long the one of them waits that could start first; 0 when there is none.
+    """
 
     queued: int
     delayed: int
     running: int
     quarantined: int
     seconds: float
+    oldest_seconds: float
     workers: tuple[WorkerInfo, ...]
 
 
@@ -149,6 +153,7 @@ class ServiceStats(QueueStats, frozen=True):
             running=sum(one.running for one in every),
             quarantined=sum(one.quarantined for one in every),
             seconds=round(sum(one.seconds for one in every), 3),
+            oldest_seconds=max((one.oldest_seconds for one in every), default=0.0),
             workers=tuple(worker for one in every for worker in one.workers),
             pools=pools,
         )

@@ -9,6 +9,7 @@ local function leave_waiting(id, queue, account, units)
   if not account then
     redis.call('ZREM', queue.expiry, id)
     redis.call('ZREM', queue.movable, id)
+    redis.call('ZREM', queue.startable, id)
     return
   end
   leave_queued(queue, id, account)
@@ -123,6 +124,7 @@ local SUSPECT_TOKENS = 8
 -- Ready for a worker. A job whose worker died is a suspect and runs alone next time, if possible, so that only the
 -- culprit is found guilty twice.
 local function make_ready(queue, id, job)
+  redis.call('ZADD', queue.startable, int(NOW), id)
   if job.crashes then
     redis.call('ZADD', queue.suspects, int(NOW), id)
     for _ = 1, SUSPECT_TOKENS do wake(queue) end

@@ -54,6 +54,7 @@ end
 
 local function leave_queued(queue, id, account)
   redis.call('ZREM', queue.movable, id)
+  redis.call('ZREM', queue.startable, id)
   if redis.call('ZREM', queue.expiry, id) == 0 then return end
   if redis.call('HINCRBY', tenant_of(queue, account), 'queued', -1) <= 0 then
     redis.call('DEL', tenant_of(queue, account))

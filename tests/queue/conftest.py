@@ -11,7 +11,7 @@ from img2img.server import open_redis
 
 INDEXES: Final = (
     b"abandon:", b"delayed:", b"expiry:", b"leases:", b"movable:", b"quarantine:", b"ready:", b"rested:", b"slots:",
-    b"stall:", b"suspects:", b"tenant:", b"tenants:", b"totals:", b"wake:", b"worker-info:", b"workers:",
+    b"stall:", b"startable:", b"suspects:", b"tenant:", b"tenants:", b"totals:", b"wake:", b"worker-info:", b"workers:",
 )  # fmt: skip
 
 

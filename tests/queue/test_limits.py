@@ -99,6 +99,33 @@ async def test_nobody_is_refused_for_an_estimate_when_told_so(redis: ArqRedis) -
     await queue.submit(spec(queue), Lifetime(0.1, KEEP, asked_for=True))
 
 
+async def test_the_age_of_the_oldest_job_is_that_of_the_first_that_may_start(queue: JobQueue) -> None:
+    """Neither one that may not start yet counts, nor one that runs, nor one that has ended."""
+
+    async def age() -> float:
+        return (await queue.stats()).oldest_seconds
+
+    await submit(queue, options={"not_before": in_seconds(100)})
+    assert await age() == 0
+    first, second = await submit(queue), await submit(queue)
+    async with asyncio.timeout(10):
+        while (before := await age()) == 0:  # noqa: ASYNC110 - the server's clock has milliseconds
+            await asyncio.sleep(0)
+    assert (await claim_one(queue)).id == first
+    assert await age() <= before + 10
+    await queue.cancel(second)
+    assert await age() == 0
+
+
+async def test_the_age_of_a_job_that_waits_again_begins_anew(queue: JobQueue) -> None:
+    """A released one counts from its return; while it rests it may not start."""
+    await submit(queue)
+    claim = await claim_one(queue)
+    await queue.release(claim, Failure("engine_failed", "why"), "failures", delay=100)
+    assert (await queue.stats()).delayed == 1
+    assert (await queue.stats()).oldest_seconds == 0
+
+
 async def test_a_deferred_job_starts_no_sooner(queue: JobQueue) -> None:
     """It waits out of everybody's way, and is ready at its time."""
     deferred = await submit(queue, options={"not_before": in_seconds(0.2)})
