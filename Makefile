@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-war
 TORCH := $(shell grep -E '^torch==' requirements.lock)
 SDKS := 5.9.0 4.3.1
 
-.PHONY: help setup demo up test lint format proto bench chaos lock clean
+.PHONY: help setup demo up test lint format proto docs bench chaos lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
@@ -49,6 +49,9 @@ proto: $(VENV)/.test ## Generate img2img/v1 from proto/
 	@mkdir -p $(PROTO_OUT)
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) \
 		--grpc_python_out=$(PROTO_OUT) proto/img2img/v1/img2img.proto
+
+docs: $(VENV)/.test ## Write the table of metrics in docs/telemetry.md
+	$(BIN)/python -m tests.metrics_table
 
 bench: $(VENV)/.test ## Run the benchmarks (BENCH=queue for one, QUICK=1 for a short run)
 	@for name in $(or $(BENCH),gateway queue queue_scale cancel eta engine proxy); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done

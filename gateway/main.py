@@ -17,6 +17,7 @@ from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from gateway.budget import Budgets
 from gateway.drain import Drain
 from gateway.rest.app import build_app
+from gateway.rest.measures import measured
 from gateway.routing import open_router
 from gateway.rpc.server import open_server
 from gateway.service import JobService
@@ -74,7 +75,7 @@ def bind_http(settings: Settings) -> socket.socket:
 
 def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
     traced = OpenTelemetryMiddleware(
-        app,
+        measured(app),
         excluded_urls=UNTRACED,
         exclude_spans=["receive", "send"],
         # Until the route is known the method is all that may name a span: paths hold ids.
@@ -117,6 +118,7 @@ async def serve(settings: Settings) -> None:
                 open_server(service, tenants, settings, budgets, drain) as grpc_server,
                 asyncio.TaskGroup() as group,
             ):
+                lag = group.create_task(telemetry.measure_lag(), name="lag")
                 upkeeps = [
                     group.create_task(run_upkeep(queue, parts.blobs, settings.input_retention), name=f"upkeep {name}")
                     for name, queue in service.queues.items()
@@ -130,8 +132,8 @@ async def serve(settings: Settings) -> None:
                 drain.begin()
                 http.should_exit = True
                 await asyncio.gather(serving, grpc_server.stop())
-                for upkeep in upkeeps:
-                    upkeep.cancel()
+                for task in (lag, *upkeeps):
+                    task.cancel()
     log.info("gateway_stopped")
 
 

@@ -6,8 +6,8 @@ Every method raises ``Unavailable`` when the queue server or the blob store cann
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Final
 
@@ -37,6 +37,7 @@ from img2img.queue_types import INPUT_BLOB, Join, Lifetime, Page, ServiceStats, 
 from img2img.requests import CheckedRequest, build_request, draw_seed
 from img2img.server import milliseconds
 from img2img.settings import Settings
+from img2img.spending import Spending
 from img2img.wiring import Parts
 
 THREAD_ABOVE: Final = 64 * 1024
@@ -108,7 +109,7 @@ class JobService:
             IdempotencyConflict, NoCapacity, Congested: see :meth:`JobQueue.submit`.
             ModelNotFound, Unsupported, ResidencyConflict: see :meth:`Router.candidates`.
         """
-        with _counting_rejections():
+        with telemetry.counting_rejections():
             return await self._submit(order, await self._check(order), waiter, job_id)
 
     async def generate(self, order: Order, *, timeout: float, grace: float) -> tuple[str, Outcome]:
@@ -232,7 +233,7 @@ class JobService:
         Raises:
             InvalidRequest: names the first request that is wrong, as ``/requests/<index>``.
         """
-        with _counting_rejections():
+        with telemetry.counting_rejections():
             checked = []
             for index, order in enumerate(orders):
                 try:
@@ -265,6 +266,11 @@ class JobService:
         names = tuple(self._router.pools.by_name)
         pools = await asyncio.gather(*(self.queues[name].stats() for name in names))
         return ServiceStats.of(dict(zip(names, pools, strict=True)))
+
+    async def spent_today(self) -> dict[str, float]:
+        """What calls came to on this day (UTC), in each pool that has a price and in the currency of that."""
+        priced = [name for name, pool in self._router.pools.by_name.items() if pool.is_priced]
+        return await Spending(self._queue.redis).today_in(priced) if priced else {}
 
     async def _check(self, order: Order) -> Routed:
         limits, body = self._settings.request_limits, order.body
@@ -389,12 +395,3 @@ class JobService:
                 await self._queue.cancel(job_id, StopReason.DISCONNECT)
             except Img2ImgError as exc:
                 log.warning("job_not_taken_back", job=job_id, error=str(exc))
-
-
-@contextmanager
-def _counting_rejections() -> Iterator[None]:
-    try:
-        yield
-    except Img2ImgError as exc:
-        telemetry.JOBS_REJECTED.labels(exc.code).inc()
-        raise

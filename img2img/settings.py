@@ -16,6 +16,7 @@ PREFIX: Final = "IMG2IMG_"
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 BUNDLED_MODEL: Final = "emoji-sd"
 MAX_PORT: Final = 65535
+NO_PORT: Final = -1
 GUIDED_ROWS: Final = 2
 POSITIVE: Final = (
     "attempt_timeout", "attempts", "beat", "crash_limit", "idempotency_retention", "job_retention", "lease",
@@ -128,6 +129,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     log_format: str = "auto"
     log_prompts: bool = False
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 9464
 
     def __repr__(self) -> str:
         shown = msgspec.structs.asdict(self) | {"upstream_token": self.upstream_token and "***"}
@@ -228,6 +231,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("http_port", "grpc_port"):
             if not 0 <= getattr(self, name) <= MAX_PORT:
                 raise ConfigurationError(f"{PREFIX}{name.upper()} must be a port, 0 to {MAX_PORT} (0: any free one)")
+        if not NO_PORT <= self.metrics_port <= MAX_PORT:
+            raise ConfigurationError(
+                f"IMG2IMG_METRICS_PORT must be a port, 0 to {MAX_PORT} (0: any free one), or {NO_PORT} for none"
+            )
 
 
 def _decode(kind: type, value: object) -> object:

@@ -3,6 +3,7 @@
 Keys: docs/queue.md. Only the server's clock says what day it is, as everywhere in the queue.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from typing import Any, Final
 
@@ -34,6 +35,15 @@ class Spending:
             found: Any = self._redis.hgetall(f"{self._prefix}{pool}:{(day - EPOCH).days}")
             spent: dict[bytes, bytes] = await found
         return {account.decode(): int(amount) / PRECISION for account, amount in spent.items()}
+
+    async def today_in(self, pools: Sequence[str]) -> dict[str, float]:
+        """What was spent in each of ``pools`` today by all accounts, as :meth:`of` has it; a trip for each pool."""
+        day, amounts = (await self.today() - EPOCH).days, {}
+        for pool in pools:
+            with translated():
+                found: Any = self._redis.hget(f"{self._prefix}{pool}:{day}", ALL)
+                amounts[pool] = int(await found or 0) / PRECISION
+        return amounts
 
     async def today(self) -> date:
         """The day (UTC) on which the server spends now."""

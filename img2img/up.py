@@ -352,7 +352,11 @@ class Supervisor:
             "LOG_LEVEL": self.options.log_level,
         }
         # A person waits in front of the terminal, not a rolling update.
-        defaults = {"IMG2IMG_LOG_FORMAT": "console", "IMG2IMG_DRAIN_TIMEOUT": f"{DRAIN_SECONDS:g}"}
+        defaults = {
+            "IMG2IMG_LOG_FORMAT": "console",
+            "IMG2IMG_DRAIN_TIMEOUT": f"{DRAIN_SECONDS:g}",
+            "IMG2IMG_METRICS_PORT": "0",  # one for each worker
+        }
         ours = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
         given = {f"{PREFIX}{name}": str(value) for name, value in decided.items() if value is not None}
         return defaults | ours | given

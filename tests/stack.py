@@ -98,7 +98,8 @@ class Stack:
 
     def __init__(self, redis_url: str, folder: Path, **settings: str) -> None:
         self._folder = folder
-        self._settings = {"redis_url": redis_url, "engine": "fake", "http_port": "0", "grpc_port": "0", **settings}
+        ports = dict.fromkeys(("http_port", "grpc_port", "metrics_port"), "0")
+        self._settings = {"redis_url": redis_url, "engine": "fake", **ports, **settings}
         self._processes: list[Process] = []
 
     def __enter__(self) -> Self:

@@ -59,7 +59,7 @@ class StageClock:
 
     def observe(self) -> None:
         for stage, seconds in self.seconds.items():
-            telemetry.STAGE_SECONDS.labels(stage.value).observe(seconds)
+            telemetry.observe(telemetry.STAGE_SECONDS.labels(stage.value), seconds)
 
 
 class Attempt:

@@ -14,6 +14,7 @@ import msgspec
 import structlog
 from arq.worker import Worker, func
 
+from img2img import telemetry
 from img2img.errors import LeaseLost, Unavailable
 from img2img.jobs import Failure, Outcome, StopReason
 from img2img.queue import JobQueue
@@ -78,6 +79,7 @@ class Consumer(Worker):
             beat = group.create_task(self._heart.beating(), name="beat")
             control = group.create_task(self._obey_forever(), name="control")
             slots = group.create_task(self._follow_slots(), name="slots")
+            lag = group.create_task(telemetry.measure_lag(), name="lag")
             claiming = group.create_task(self._claim_until_drained(), name="claim")
             await self._draining.wait()
             # Shutdown: nothing new is claimed from here; running jobs get their time, then are
@@ -86,7 +88,7 @@ class Consumer(Worker):
             await asyncio.wait({claiming}, timeout=lease)
             claiming.cancel()
             await self._finish_running()
-            for side in (beat, control, slots):
+            for side in (beat, control, slots, lag):
                 side.cancel()
         await self._sign_off()
 
@@ -97,6 +99,13 @@ class Consumer(Worker):
             self._draining.set()
             if self._wait is not None:
                 self._wait.cancel()
+
+    @property
+    def readiness(self) -> str:
+        """``ready`` while it claims jobs, else what keeps it from that; from any thread."""
+        if self._draining.is_set():
+            return "draining"
+        return "ready" if self._heart.is_heard else "queue server unavailable"
 
     def stop_beating(self) -> None:
         """Let the leases run out, so that the jobs run elsewhere; from any thread."""
@@ -136,6 +145,7 @@ class Consumer(Worker):
         while True:
             self._slots = self._engine.slots(self._settings.concurrency)
             self._heart.tell_slots(self._slots)
+            telemetry.WORKER_SLOTS.set(self._slots)
             if self._free_slots() > 0:
                 self._slots_free.set()
             elif self._wait is not None:
@@ -160,7 +170,7 @@ class Consumer(Worker):
         arq_id = "{" + claim.id.replace("-", "}-", 1)
         self._held[claim.fence] = claim
         self._stops[claim.fence] = Stop()
-        self._heart.held = tuple(self._held.values())
+        self._tell_held()
         before = self.tasks.get(arq_id)
         task = asyncio.create_task(self._run_after(before, arq_id, claim), name=f"job-{claim.id}")
         self.tasks[arq_id] = task
@@ -181,7 +191,7 @@ class Consumer(Worker):
             del self.tasks[arq_id]
             self._running.pop(arq_id, None)
         del self._held[claim.fence], self._stops[claim.fence]
-        self._heart.held = tuple(self._held.values())
+        self._tell_held()
         self._decisions.pop(claim.fence, None)
         self._slots_free.set()
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -191,6 +201,10 @@ class Consumer(Worker):
     async def _generate(self, ctx: dict[str, Any], job_id: str) -> None:
         claim = self._running[ctx["job_id"]]
         self._decisions[claim.fence] = await self._runner.run(claim, self._stops[claim.fence])
+
+    def _tell_held(self) -> None:
+        self._heart.held = tuple(self._held.values())
+        telemetry.WORKER_BUSY.set(len(self._held))
 
     async def finish_job(self, job_id: str, *_: Any) -> None:
         """Write the runner's decision, however long the server stays away; the fence guards what is stale.
@@ -205,6 +219,7 @@ class Consumer(Worker):
                 async with asyncio.timeout(self._settings.lease if self._draining.is_set() else None):
                     await self._write(claim, decision)
             except LeaseLost:
+                telemetry.CLAIMS_LOST.inc()
                 log.warning("result_discarded", job=claim.id, fence=claim.fence)
                 return
             except (Unavailable, TimeoutError) as exc:

@@ -31,6 +31,7 @@ class Heart:
     """Beats while it is open. ``held`` are the claims to keep alive: replace the tuple when they change.
 
     What it says of the worker is ``info``, with the slots that ``tell_slots`` was told last.
+    ``is_heard`` says whether the last beat got through; any thread may read it.
     ``tell`` is called in the loop that opened it, with the fences whose jobs must stop and why.
     """
 
@@ -38,6 +39,7 @@ class Heart:
         self, queue: str, info: WorkerInfo, settings: Settings, tell: Callable[[dict[int, StopReason]], None]
     ) -> None:
         self.held: tuple[Claim, ...] = ()
+        self.is_heard = False
         self._queue_name = queue
         self._info = info
         self._slots = info.slots
@@ -116,9 +118,11 @@ class Heart:
                     async with asyncio.timeout(self._patience):
                         await self._beat(queue)
                 except (Unavailable, TimeoutError) as exc:
+                    self.is_heard = False
                     log.warning("beat_failed", error=repr(exc))
                     pause = min(RETRY_SECONDS * random.uniform(0.5, 1.5), self._patience)  # noqa: S311
                 else:
+                    self.is_heard = True
                     pause = self._settings.beat - (time.monotonic() - began)
 
     async def _beat(self, queue: JobQueue) -> None:

@@ -26,6 +26,7 @@ from worker.engines.base import Engine
 from worker.engines.cloudflare import CloudflareEngine, ImageForm, UpstreamOptions, load_accounts
 from worker.engines.fake import FakeEngine
 from worker.pool import settings_of_worker
+from worker.probes import Probes, serving_probes
 from worker.runner import JobRunner
 from worker.safety import FakeSafetyChecker, SafetyChecker
 from worker.watchdog import Watchdog
@@ -101,7 +102,13 @@ def _describe(name: str, engine: Engine, settings: Settings) -> WorkerInfo:
     return WorkerInfo(name, slots, info.name, info.model, info.device, math.prod(info.native_size))
 
 
-async def serve(settings: Settings, engine: Engine, watchdog: Watchdog, checker: SafetyChecker | None = None) -> None:
+async def serve(
+    settings: Settings,
+    engine: Engine,
+    watchdog: Watchdog,
+    checker: SafetyChecker | None = None,
+    probes: Probes | None = None,
+) -> None:
     """Work until SIGTERM or SIGINT; then drain, hand back, and close in reverse order of opening."""
     watchdog.watch_loop()
     loop = asyncio.get_running_loop()
@@ -116,6 +123,8 @@ async def serve(settings: Settings, engine: Engine, watchdog: Watchdog, checker:
         runner = JobRunner(parts.queue, parts.blobs, engine, settings, name, watchdog, checker)
         consumer = Consumer(parts.queue, runner, engine, info, settings)
         watchdog.before_end(consumer.stop_beating)
+        if probes is not None:
+            probes.follow(consumer)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, consumer.drain)
         await _consume(consumer, engine)
@@ -146,13 +155,17 @@ def main() -> None:
     try:
         settings = settings_of_worker(Settings.from_environment())
         telemetry.configure_logging(settings.log_level, settings.log_format)
-        with telemetry.tracing("img2img-worker"), Watchdog(settings.stall_limit, settings.phase_limit) as watchdog:
+        with (
+            telemetry.tracing("img2img-worker"),
+            Watchdog(settings.stall_limit, settings.phase_limit) as watchdog,
+            serving_probes(Probes(watchdog), settings.metrics_host, settings.metrics_port) as probes,
+        ):
             # Importing torch takes seconds: before there is a loop that it could hold up.
             with watchdog.phase("importing the engine"):
                 engine = choose_engine(settings)
             with watchdog.phase("loading the safety checker"):
                 checker = choose_checker(settings)
-            uvloop.run(serve(settings, engine, watchdog, checker))
+            uvloop.run(serve(settings, engine, watchdog, checker, probes))
     except Img2ImgError as exc:
         sys.stderr.write(f"img2img worker: {exc}\n")
         sys.exit(2 if isinstance(exc, ConfigurationError) else 1)

@@ -99,6 +99,9 @@ class JobRunner:
         # One that is never opened watches nothing.
         self._watchdog = watchdog or Watchdog(settings.stall_limit, settings.phase_limit)
         self._waiting: set[JobWatch] = set()
+        for state in JobState:
+            if state.is_terminal:  # from 0, so that the first one is an increase
+                telemetry.JOBS_COMPLETED.labels(state.value, engine.info.name)
 
     async def run(self, claim: Claim, stop: Stop) -> Decision:
         """Make the picture, or say why not; never raises for what can go wrong with a job."""
@@ -338,13 +341,19 @@ class JobRunner:
         """Count and log a decision that has been written."""
         match decision:
             case Outcome():
-                telemetry.JOBS_COMPLETED.labels(decision.state.value, self._engine.info.name).inc()
+                self._count(claim, decision)
                 code = None if decision.error is None else decision.error.code
                 log.info("job_ended", job=claim.id, state=decision.state.value, code=code)
             case Release():
                 log.info("job_released", job=claim.id, code=decision.why.code, counted_as=decision.kind)
             case Lost():
+                telemetry.CLAIMS_LOST.inc()
                 log.warning("lease_lost", job=claim.id, fence=claim.fence)
+
+    def _count(self, claim: Claim, outcome: Outcome) -> None:
+        telemetry.JOBS_COMPLETED.labels(outcome.state.value, self._engine.info.name).inc()
+        seconds, sent = sum(outcome.timings.values()), telemetry.propagator.extract(claim.spec.trace)
+        telemetry.observe(telemetry.JOB_SECONDS.labels(outcome.state.value), seconds, sent)
 
 
 class Interrupted(JobError):

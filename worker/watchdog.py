@@ -5,6 +5,7 @@ jobs run elsewhere once their leases have run out, and its supervisor starts ano
 """
 
 import faulthandler
+import math
 import os
 import threading
 import time
@@ -140,6 +141,7 @@ class Watchdog:
         self._watches: dict[Watch, None] = {}
         self._ages: dict[Watch, tuple[Mark, float]] = {}
         self._before_end: Callable[[], None] | None = None
+        self._came_round = math.inf
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -177,9 +179,15 @@ class Watchdog:
 
         def come_round() -> None:
             watch.renew()
+            self._came_round = time.monotonic()
             loop.call_later(self._tick, come_round)
 
         come_round()
+
+    @property
+    def is_loop_stalled(self) -> bool:
+        """Whether the watched event loop has not come round for the stall limit; from any thread."""
+        return time.monotonic() - self._came_round > self._stall_limit
 
     def look(self, seconds: float) -> list[Hung]:
         """What hangs, ``seconds`` after the last look."""

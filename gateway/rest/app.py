@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib.metadata
-import re
 from typing import Final
 
 from litestar import Litestar, Response
@@ -16,6 +15,7 @@ from gateway.drain import Drain
 from gateway.rest import envelope, problems
 from gateway.rest.cloudflare import CloudflareController
 from gateway.rest.context import AnyRequest, Front
+from gateway.rest.measures import route_of
 from gateway.rest.native import JobsController
 from gateway.rest.openapi import openapi_config
 from gateway.rest.operations import live, metrics, ready
@@ -25,7 +25,6 @@ from img2img.errors import Img2ImgError, Unavailable
 from img2img.settings import Settings
 
 CLOUDFLARE_PREFIX: Final = "/client/v4"
-ROUTE_TYPES: Final = re.compile(r":\w+(?=})")
 
 
 def build_app(service: JobService, tenants: Tenants, settings: Settings, budgets: Budgets, drain: Drain) -> Litestar:
@@ -78,6 +77,6 @@ def _on_http_exception(request: AnyRequest, error: HTTPException) -> Response[by
 
 def _name_span(request: AnyRequest) -> None:
     """The server span is named by the route, not by the path with its ids."""
-    span, route = trace.get_current_span(), request.scope["path_template"]
-    span.update_name(f"{request.method} {ROUTE_TYPES.sub('', route)}")
-    span.set_attribute("http.route", ROUTE_TYPES.sub("", route))
+    span, route = trace.get_current_span(), route_of(request.scope)
+    span.update_name(f"{request.method} {route}")
+    span.set_attribute("http.route", route)

@@ -5,19 +5,15 @@ from typing import Final
 
 from litestar import Response, get
 from litestar.openapi.datastructures import ResponseSpec
-from prometheus_client import REGISTRY, Gauge
-from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from gateway.rest.context import FrontDependency
+from gateway.rest.context import AnyRequest, FrontDependency
+from gateway.rest.measures import read_queues
 from gateway.rest.openapi import PublicOperation
-from gateway.rest.problems import on_img2img_error
-from img2img.errors import Img2ImgError, Unavailable
+from img2img import telemetry
+from img2img.errors import Unavailable
 
 READY_SECONDS: Final = 3.0
 """How long the queue server may take before it counts as unavailable; calls have more patience."""
-
-QUEUE_JOBS = Gauge("img2img_queue_jobs", "Jobs by queue and state", ["queue", "state"])
-WORKERS = Gauge("img2img_workers", "Workers alive", ["queue"])
 
 
 @get("/health/live", tags=["health"], operation_class=PublicOperation)
@@ -52,12 +48,9 @@ async def ready(front: FrontDependency) -> Response[dict[str, str | int]]:
     return Response({"status": "ready", "workers": len(stats.workers), "paused": paused})
 
 
-@get("/metrics", include_in_schema=False, exception_handlers={Img2ImgError: on_img2img_error})
-async def metrics(front: FrontDependency) -> Response[bytes]:
-    """OpenMetrics text; queue gauges are read at the moment of the scrape."""
-    for queue, stats in (await front.service.stats()).pools.items():
-        for state in ("queued", "delayed", "running", "quarantined"):
-            QUEUE_JOBS.labels(queue, state).set(getattr(stats, state))
-        WORKERS.labels(queue).set(len(stats.workers))
-    text: bytes = generate_latest(REGISTRY)  # type: ignore[no-untyped-call]
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
+@get("/metrics", include_in_schema=False)
+async def metrics(request: AnyRequest, front: FrontDependency) -> Response[bytes]:
+    """The process's own metrics, and the queues' gauges as they are at this moment."""
+    await read_queues(front.service)
+    text, media_type = telemetry.exposition(telemetry.GATEWAY, request.headers.get("accept", ""))
+    return Response(text, media_type=media_type)

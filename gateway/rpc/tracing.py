@@ -1,10 +1,11 @@
-"""A span per call, after OpenTelemetry's conventions for RPC servers.
+"""A span per call, after OpenTelemetry's conventions for RPC servers, and how long it took.
 
 opentelemetry-instrumentation-grpc is not used: it records a call that was cancelled, or that ran into its
 deadline, as OK, because both reach a handler as a cancellation that it does not look at.
 """
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -44,7 +45,7 @@ def server_span(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Ite
         record_exception=False,
         set_status_on_exception=False,
     ) as span:
-        status = StatusCode.UNKNOWN
+        status, began = StatusCode.UNKNOWN, time.perf_counter()
         try:
             yield
             status = StatusCode.OK
@@ -55,6 +56,7 @@ def server_span(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Ite
             status = StatusCode.DEADLINE_EXCEEDED if is_past_deadline(context) else StatusCode.CANCELLED
             raise
         finally:
+            telemetry.observe(telemetry.RPC_SECONDS.labels(name, status.name), time.perf_counter() - began)
             span.set_attribute("rpc.response.status_code", status.name)
             if status in SERVER_FAULTS:
                 span.set_attribute("error.type", status.name)

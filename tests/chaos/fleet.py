@@ -233,6 +233,7 @@ class Fleet:
         profile = self.profile
         return {
             "engine": "fake",
+            "metrics_port": "0",
             "log_format": "json",
             "tenants_file": write_tenants(self.folder / "tenants.toml", *ACCOUNTS),
             "lease": str(profile.lease),

@@ -341,7 +341,8 @@ def test_metrics_are_openmetrics(client: httpx.Client) -> None:
     """What was submitted and refused is counted, without a key and without prompts."""
     submit(client, prompt="a secret lion")
     client.post("/v1/jobs", json={})
-    answer = httpx.get(f"{client.base_url}/metrics", trust_env=False)
+    accepts = {"accept": "application/openmetrics-text;version=1.0.0"}
+    answer = httpx.get(f"{client.base_url}/metrics", headers=accepts, trust_env=False)
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
     assert answer.text.endswith("# EOF\n")
     assert "img2img_workers" in answer.text

@@ -94,7 +94,7 @@ async def test_a_server_that_forgets_is_used_and_told(tmp_path: Path) -> None:
 def test_a_server_that_comes_later_is_waited_for(tmp_path: Path, kind: str) -> None:
     """Processes and their server may start in any order; that one waits is told once."""
     server = ValkeyServer(tmp_path / "server", "appendonly yes")
-    settings = {"REDIS_URL": server.url, "ENGINE": "fake", "HTTP_PORT": "0", "GRPC_PORT": "0"}
+    settings = {"REDIS_URL": server.url, "ENGINE": "fake", "HTTP_PORT": "0", "GRPC_PORT": "0", "METRICS_PORT": "0"}
     environment = {f"IMG2IMG_{name}": value for name, value in settings.items()}
     with closing(Process(kind, f"{kind}_ready", environment, tmp_path / "log")) as process:
         eventually(lambda: waits(process), "it waits")

@@ -24,7 +24,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         [sys.executable, "-m", "img2img.cli", *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, "IMG2IMG_METRICS_PORT": "0", **environment},
         timeout=60,
     )
 

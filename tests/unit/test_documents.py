@@ -10,6 +10,7 @@ from gateway.rest import batch, envelope
 from img2img import errors
 from img2img.errors import most_specific
 from img2img.settings import CLIENT_VARIABLES, PREFIX, Settings
+from tests import metrics_table
 
 DOCS = Path(__file__).parents[2] / "docs"
 TYPES = {
@@ -71,7 +72,14 @@ def test_the_bounds_of_a_batch_are_described() -> None:
     assert f"{batch.MAX_BYTES // 1024**2} MiB" in text
 
 
-@pytest.mark.parametrize("page", ["cloudflare.md", "errors.md", "settings.md"])
+def test_metrics_are_described() -> None:
+    """docs/telemetry.md has exactly the metrics that there are: `make docs` writes their table."""
+    text = metrics_table.PAGE.read_text()
+    assert metrics_table.page(text) == text
+    assert metrics_table.table() in text
+
+
+@pytest.mark.parametrize("page", ["cloudflare.md", "errors.md", "settings.md", "telemetry.md"])
 def test_links_lead_somewhere(page: str) -> None:
     """Every relative link names a file of the repository."""
     missing = [link for link, _ in LINK.findall((DOCS / page).read_text()) if not (DOCS / link).exists()]

@@ -81,6 +81,7 @@ class TestRefusals:
             ),
             ({"drain_timeout": "inf"}, "IMG2IMG_DRAIN_TIMEOUT must be at most 3153600000 (100 years)"),
             ({"drain_timeout": "-1"}, "IMG2IMG_DRAIN_TIMEOUT must be 0 or above"),
+            ({"metrics_port": "-2"}, "IMG2IMG_METRICS_PORT must be a port, 0 to 65535 (0: any free one), or -1"),
             ({"retry_grace": "-20"}, "IMG2IMG_RETRY_GRACE must be 0 or above"),
             ({"max_wait": "nan"}, "IMG2IMG_MAX_WAIT must be 0 or above"),
             ({"result_retention": "1e300", "job_retention": "1e300"}, "IMG2IMG_RESULT_RETENTION must be at most"),

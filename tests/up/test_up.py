@@ -52,6 +52,14 @@ def test_what_is_printed_is_there(up: Up) -> None:
     assert re.search(r"^worker  \| .*worker_ready", up.text, re.MULTILINE), up.text
 
 
+def test_the_worker_shows_its_metrics(up: Up) -> None:
+    """On a free port, which its log names: several workers are on this machine."""
+    found = re.search(r"^worker  \| .*metrics_ready.* port=(\d+)", up.text, re.MULTILINE)
+    assert found, up.text
+    answer = httpx.get(f"http://127.0.0.1:{found[1]}/metrics", trust_env=False)
+    assert "img2img_worker_slots" in answer.text
+
+
 @pytest.mark.parametrize("kind", ["worker", "gateway", "valkey"])
 def test_a_killed_child_comes_back(up: Up, kind: str) -> None:
     """Whichever of the three is killed is started again, says so, and the service works as before."""

@@ -112,6 +112,8 @@ class CloudflareEngine:
     async def __aenter__(self) -> Self:
         self._ledger = await self._stack.enter_async_context(self._unopened)
         self._exchange = await self._stack.enter_async_context(Exchange(self._options.url, self._options.highest))
+        for outcome in Outcome:  # from 0, so that the first one is an increase
+            telemetry.UPSTREAM_CALLS.labels(outcome.label)
         for account in self._accounts.values():
             log.info("upstream_account", account=account.id, shown_as=account.label)
         return self
@@ -211,6 +213,7 @@ class CloudflareEngine:
     async def _call(self, turn: Turn, account: Account, body: bytes, task: Task) -> Called:
         """Make one call, and note what became of it: for the gate, in the books, in the log."""
         turn.begin()
+        began = time.perf_counter()
         try:
             answer = await self._exchange.call(account, body, max(task.deadline - time.monotonic(), 0.0))
             called = await read_answer(answer, (task.width, task.height))
@@ -223,6 +226,7 @@ class CloudflareEngine:
         signal = Signal.GIVEN_UP if late else SIGNALS.get(outcome, Signal.ANSWERED)
         turn.ended(signal, task.num_steps * task.width * task.height / (NATIVE_SIZE[0] * NATIVE_SIZE[1]))
         telemetry.UPSTREAM_CALLS.labels(outcome.label).inc()
+        telemetry.observe(telemetry.UPSTREAM_SECONDS.labels(outcome.label), time.perf_counter() - began)
         if outcome is not Outcome.PICTURE:
             log.warning(
                 "upstream_call",

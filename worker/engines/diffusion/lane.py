@@ -225,7 +225,9 @@ class Lane:
         device = str(self.model.device)
         telemetry.ENGINE_BUSY_SECONDS.labels(device).inc(seconds)
         telemetry.ENGINE_PASSES.labels(device).inc()
-        telemetry.ENGINE_ROWS.labels(device).inc(sum(entry.rows for entry in batch.entries))
+        rows = sum(entry.rows for entry in batch.entries)
+        telemetry.ENGINE_ROWS.labels(device).inc(rows)
+        telemetry.BATCH_ROWS.labels(device).observe(rows)
         if now - self._signed < SIGN_SECONDS:
             return
         self._signed = now
