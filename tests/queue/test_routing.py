@@ -13,9 +13,15 @@ from img2img.events import EventHub
 from img2img.jobs import Failure, JobState, Move, Outcome
 from img2img.queue import JobQueue
 from img2img.queue_types import Candidate, Claim, Join, Share, Waiter, WorkerInfo
+from tests.days import keep_within_a_day
 from tests.queue.calls import LEASE, SUCCEEDED, claim_one, submit
 
 BUSY = Failure("upstream_busy", "The upstream takes no call now")
+
+
+@pytest.fixture(autouse=True)
+def _all_on_one_day() -> None:
+    keep_within_a_day(5.0)
 
 
 @pytest.fixture
