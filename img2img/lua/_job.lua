@@ -105,7 +105,8 @@ local function finalize(id, state, outcome)
   -- These wait for somebody who decides whether to replay them.
   local undecided = job[6] or (state == 'failed' and job[14] == 'fail')
   discard(job[5], undecided and keep or 0)
-  refund(job[10], job[15])
+  -- An engine that makes no calls is paid for its picture.
+  if state ~= 'succeeded' then refund(job[10], job[15]) end
   if job[15] then redis.call('HDEL', key, 'reserved') end
   drop_checkpoint(id, job[12])
 end

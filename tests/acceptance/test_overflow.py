@@ -6,10 +6,8 @@ saw counts: every prompt says whose job it is.
 
 import asyncio
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +19,7 @@ from img2img.pools import Pools
 from img2img.server import open_redis
 from img2img.spending import ALL, Spending
 from tests.calls import bearer, write_tenants
+from tests.days import keep_within_a_day
 from tests.stack import Process, Stack, eventually, state_of, submit
 from tests.upstream.running import UpstreamProcess
 
@@ -142,11 +141,8 @@ def callers(upstream: UpstreamProcess) -> Counter[str]:
 
 @pytest.fixture(autouse=True)
 def _all_on_one_day() -> None:
-    """What may be spent is counted anew at 00:00 UTC, so no test begins so shortly before that it would end after."""
-    now = datetime.now(UTC)
-    midnight = datetime.combine(now.date() + timedelta(days=1), datetime.min.time(), UTC)
-    if (left := (midnight - now).total_seconds()) < 2 * A_MINUTE:
-        time.sleep(left + 1)
+    """What may be spent is counted anew at 00:00 UTC."""
+    keep_within_a_day(2 * A_MINUTE)
 
 
 @pytest.fixture(autouse=True)

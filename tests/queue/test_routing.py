@@ -10,12 +10,18 @@ from arq.connections import ArqRedis
 
 from img2img.errors import NoCapacity, QueueFull, SpendCapReached
 from img2img.events import EventHub
-from img2img.jobs import Failure, JobState, Move
+from img2img.jobs import Failure, JobState, Move, Outcome
 from img2img.queue import JobQueue
 from img2img.queue_types import Candidate, Claim, Join, Share, Waiter, WorkerInfo
+from tests.days import keep_within_a_day
 from tests.queue.calls import LEASE, SUCCEEDED, claim_one, submit
 
 BUSY = Failure("upstream_busy", "The upstream takes no call now")
+
+
+@pytest.fixture(autouse=True)
+def _all_on_one_day() -> None:
+    keep_within_a_day(5.0)
 
 
 @pytest.fixture
@@ -313,6 +319,14 @@ async def test_a_call_that_made_no_picture_costs_nothing(queue: JobQueue, redis:
                 assert await burst.sent(claim, call, None) is None
     await burst.finish(claim, SUCCEEDED)
     assert await spent(redis) == (10, 10)
+
+
+async def test_a_picture_made_without_a_call_is_paid_for(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
+    """Machines that are rented have a price, too; what they do not bring to an end costs nothing."""
+    await work(burst)
+    for outcome, spent_by_then in ((SUCCEEDED, 10), (Outcome(state=JobState.FAILED, error=BUSY), 10)):
+        await burst.finish(await started(queue, burst, tenant_cap=100), outcome)
+        assert await spent(redis) == (spent_by_then, spent_by_then)
 
 
 async def test_a_lost_call_stays_paid(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
