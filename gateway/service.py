@@ -267,10 +267,11 @@ class JobService:
         pools = await asyncio.gather(*(self.queues[name].stats() for name in names))
         return ServiceStats.of(dict(zip(names, pools, strict=True)))
 
-    async def spent_today(self) -> dict[str, float]:
-        """What calls came to on this day (UTC), in each pool that has a price and in the currency of that."""
-        priced = [name for name, pool in self._router.pools.by_name.items() if pool.is_priced]
-        return await Spending(self._queue.redis).today_in(priced) if priced else {}
+    async def spent_today(self) -> dict[str, tuple[float, float | None]]:
+        """What calls came to on this day (UTC) in each pool that has a price, and the cap on that, if there is one."""
+        caps = {name: pool.spend_per_day for name, pool in self._router.pools.by_name.items() if pool.is_priced}
+        spent = await Spending(self._queue.redis).today_in(tuple(caps)) if caps else {}
+        return {name: (amount, caps[name]) for name, amount in spent.items()}
 
     async def _check(self, order: Order) -> Routed:
         limits, body = self._settings.request_limits, order.body

@@ -94,8 +94,11 @@ QUEUE_SPEND = Gauge(
     "img2img_queue_spend", "What calls of a pool with a price come to on this day (UTC), reserved ones included",
     ["queue"], registry=GATEWAY,
 )  # fmt: skip
+QUEUE_SPEND_CAP = Gauge(
+    "img2img_queue_spend_cap", "What they may come to, where the pool has a spend_per_day", ["queue"], registry=GATEWAY
+)
 WORKERS = Gauge("img2img_workers", "Workers alive", ["queue"], registry=GATEWAY)
-OF_QUEUES: Final = (QUEUE_JOBS, QUEUE_OLDEST_SECONDS, QUEUE_BACKLOG_SECONDS, QUEUE_SPEND, WORKERS)
+OF_QUEUES: Final = (QUEUE_JOBS, QUEUE_OLDEST_SECONDS, QUEUE_BACKLOG_SECONDS, QUEUE_SPEND, QUEUE_SPEND_CAP, WORKERS)
 
 JOBS_COMPLETED = Counter("img2img_jobs_completed", "Jobs ended by this worker", ["outcome", "engine"], registry=WORKER)
 JOB_SECONDS = Histogram(

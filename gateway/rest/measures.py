@@ -76,5 +76,7 @@ async def read_queues(service: JobService) -> None:
         telemetry.QUEUE_OLDEST_SECONDS.labels(queue).set(stats.oldest_seconds)
         telemetry.QUEUE_BACKLOG_SECONDS.labels(queue).set(stats.seconds)
         telemetry.WORKERS.labels(queue).set(len(stats.workers))
-    for queue, amount in spent.items():
+    for queue, (amount, cap) in spent.items():
         telemetry.QUEUE_SPEND.labels(queue).set(amount)
+        if cap is not None:
+            telemetry.QUEUE_SPEND_CAP.labels(queue).set(cap)

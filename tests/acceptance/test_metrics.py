@@ -31,6 +31,7 @@ engine = "fake"
 name = "burst"
 engine = "cloudflare"
 step_price = 0.01
+spend_per_day = 20.0
 tenant_spend_per_day = 5.0
 
 [[pools]]
@@ -149,13 +150,14 @@ def test_a_gateway_counts_what_comes_in(service: Service) -> None:
 
 
 def test_a_gateway_tells_of_every_pool(service: Service) -> None:
-    """Its gauges are what the queue server says at that moment; spend is there for who has a price."""
+    """Its gauges are what the queue server says at that moment; what has a price has spend and cap, too."""
     scrape = service.scrape()
     assert scrape.value("img2img_queue_up") == 1
     assert [scrape.value("img2img_workers", queue=pool) for pool in ENGINES] == [1, 1, 1]
     spent = {sample.labels["queue"]: sample.value for sample in scrape.samples if sample.name == "img2img_queue_spend"}
     # One call for an input of 512x512.
     assert spent == {"burst": pytest.approx(STEPS * 0.01)}
+    assert scrape.value("img2img_queue_spend_cap", queue="burst") == 20
 
 
 def test_a_gateway_tells_what_waits_and_for_how_long(service: Service) -> None:
