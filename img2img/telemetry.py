@@ -90,12 +90,18 @@ QUEUE_BACKLOG_SECONDS = Gauge(
     "img2img_queue_backlog_seconds", "Estimated work of the jobs that may start",
     ["queue"], unit="seconds", registry=GATEWAY,
 )  # fmt: skip
+QUEUE_DEMAND_SECONDS = Gauge(
+    "img2img_queue_demand_seconds", "Work that the pool owes, as autoscalers are told",
+    ["queue"], unit="seconds", registry=GATEWAY,
+)  # fmt: skip
 QUEUE_SPEND = Gauge(
     "img2img_queue_spend", "What calls of a pool with a price come to on this day (UTC), reserved ones included",
     ["queue"], registry=GATEWAY,
 )  # fmt: skip
 WORKERS = Gauge("img2img_workers", "Workers alive", ["queue"], registry=GATEWAY)
-OF_QUEUES: Final = (QUEUE_JOBS, QUEUE_OLDEST_SECONDS, QUEUE_BACKLOG_SECONDS, QUEUE_SPEND, WORKERS)
+OF_QUEUES: Final = (
+    QUEUE_JOBS, QUEUE_OLDEST_SECONDS, QUEUE_BACKLOG_SECONDS, QUEUE_DEMAND_SECONDS, QUEUE_SPEND, WORKERS
+)  # fmt: skip
 
 JOBS_COMPLETED = Counter("img2img_jobs_completed", "Jobs ended by this worker", ["outcome", "engine"], registry=WORKER)
 JOB_SECONDS = Histogram(
