@@ -38,23 +38,27 @@ lint: $(VENV)/.test ## Check style, types, import contracts and that generated c
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	@$(MAKE) --no-print-directory PROTO_OUT=$(VENV)/proto-check proto
-	diff -r -x '__init__.py' -x '__pycache__' $(VENV)/proto-check/img2img/v1 img2img/v1
+	@for stubs in img2img/v1 gateway/rpc/externalscaler; do \
+		diff -r -x '__init__.py' -x '__pycache__' $(VENV)/proto-check/$$stubs $$stubs || exit 1; done
 
 format: $(VENV)/.test ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 PROTO_OUT ?= .
-proto: $(VENV)/.test ## Generate img2img/v1 from proto/
+proto: $(VENV)/.test ## Generate the gRPC stubs from proto/
 	@mkdir -p $(PROTO_OUT)
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) \
 		--grpc_python_out=$(PROTO_OUT) proto/img2img/v1/img2img.proto
+	$(BIN)/python -m grpc_tools.protoc -I gateway/rpc/externalscaler=proto/externalscaler \
+		--python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) --grpc_python_out=$(PROTO_OUT) \
+		proto/externalscaler/externalscaler.proto
 
 docs: $(VENV)/.test ## Write the table of metrics in docs/telemetry.md
 	$(BIN)/python -m tests.metrics_table
 
 bench: $(VENV)/.test ## Run the benchmarks (BENCH=queue for one, QUICK=1 for a short run)
-	@for name in $(or $(BENCH),gateway queue queue_scale cancel eta engine proxy); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
+	@for name in $(or $(BENCH),gateway queue queue_scale cancel eta autoscale engine proxy); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
 
 CHAOS_SECONDS ?= 600
 CHAOS_SEED ?= 7

@@ -19,7 +19,9 @@ from gateway.drain import Drain
 from gateway.rest.app import build_app
 from gateway.rest.measures import measured
 from gateway.routing import open_router
+from gateway.rpc.scaler import open_scaler
 from gateway.rpc.server import open_server
+from gateway.scaling import Scaling
 from gateway.service import JobService
 from gateway.tenants import Tenants
 from gateway.upkeep import run_upkeep
@@ -27,7 +29,7 @@ from img2img import telemetry
 from img2img.errors import ConfigurationError, Img2ImgError
 from img2img.events import EventHub
 from img2img.settings import Settings
-from img2img.wiring import open_parts
+from img2img.wiring import Parts, open_parts
 
 UNTRACED = "health/live,health/ready,metrics"
 
@@ -97,6 +99,16 @@ def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
     return HttpServer(config)
 
 
+def _start_side_tasks(group: asyncio.TaskGroup, service: JobService, parts: Parts) -> list[asyncio.Task[None]]:
+    """What goes on beside the servers: upkeep of every queue, and a look at the event loop's lag."""
+    retention = parts.settings.input_retention
+    upkeeps = [
+        group.create_task(run_upkeep(queue, parts.blobs, retention), name=f"upkeep {name}")
+        for name, queue in service.queues.items()
+    ]
+    return [group.create_task(telemetry.measure_lag(), name="lag"), *upkeeps]
+
+
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -112,27 +124,25 @@ async def serve(settings: Settings) -> None:
             loop.add_signal_handler(number, stop.set)
         service = JobService(parts, hub, tenants, router)
         budgets, drain = Budgets(settings.max_body_bytes_in_flight), Drain(parts.queue, settings)
-        http = http_server(build_app(service, tenants, settings, budgets, drain), settings)
+        scaling = Scaling(service, router.pools, settings)
+        http = http_server(build_app(service, tenants, settings, budgets, drain, scaling), settings)
         with bind_http(settings) as listener:
             async with (
                 open_server(service, tenants, settings, budgets, drain) as grpc_server,
+                open_scaler(scaling, settings) as scaler_port,
                 asyncio.TaskGroup() as group,
             ):
-                lag = group.create_task(telemetry.measure_lag(), name="lag")
-                upkeeps = [
-                    group.create_task(run_upkeep(queue, parts.blobs, settings.input_retention), name=f"upkeep {name}")
-                    for name, queue in service.queues.items()
-                ]
+                side_tasks = _start_side_tasks(group, service, parts)
                 serving = group.create_task(http.serve(sockets=[listener]), name="http")
                 grpc_server.set_serving(True)
                 http_port = listener.getsockname()[1]
-                log.info("gateway_ready", http_port=http_port, grpc_port=grpc_server.port)
+                log.info("gateway_ready", http_port=http_port, grpc_port=grpc_server.port, scaler_port=scaler_port)
                 await stop.wait()
                 service.drain()
                 drain.begin()
                 http.should_exit = True
                 await asyncio.gather(serving, grpc_server.stop())
-                for task in (lag, *upkeeps):
+                for task in side_tasks:
                     task.cancel()
     log.info("gateway_stopped")
 

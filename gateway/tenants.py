@@ -8,6 +8,10 @@
     residency = "local"    # optional: its jobs go to no pool that makes pictures outside, "any" by default
     spend_per_day = 2.5    # optional: what its jobs may cost on a day (UTC) in each pool, the pool's own cap by default
 
+    [[operators]]          # optional: who runs the service, an autoscaler for instance; has no jobs
+    name = "keda"
+    key_sha256 = ["<64 hexadecimal digits>"]
+
 Keys are looked up by their SHA-256. A look-up needs no constant-time comparison: what its timing could
 reveal is the beginning of a stored hash, and nobody can make a key whose hash begins as he likes without
 trying about as many keys as there are hashes with that beginning, and then still has not found a key.
@@ -17,7 +21,7 @@ import hashlib
 import re
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Final, Self
 
@@ -40,7 +44,10 @@ MAX_WEIGHT: Final = 1000.0
 CHECK_INTERVAL: Final = 1.0  # seconds between looks at the file
 ANYWHERE: Final = "any"
 LOCAL: Final = "local"
+UNKNOWN_KEY: Final = "The access key is not known: check it, or ask for a new one"
 REMEDY: Final = "make an entry with `img2img keys new ACCOUNT`"
+
+ONE_OF_THEM: Final = "remove it from one of them"
 
 _ACCOUNT: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HASH: Final = re.compile(r"[0-9a-fA-F]{64}")
@@ -60,15 +67,24 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spend_per_day: Amount | None = None
 
 
+class Operator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Somebody who runs the service: sees what concerns no account."""
+
+    name: str
+    key_sha256: list[str]
+
+
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tenants: list[Entry]
+    operators: list[Operator] = []
 
 
 class Register(msgspec.Struct, frozen=True):
-    """What the file says: the account of each key's hash, and the entry of each account."""
+    """What the file says: the account of each key's hash, the entry of each account, the hashes of operators' keys."""
 
     accounts: Mapping[str, str]
     entries: Mapping[str, Entry]
+    operators: Set[str]
 
 
 class Tenants:
@@ -93,12 +109,12 @@ class Tenants:
     @classmethod
     def open_local(cls) -> Self:
         """No keys: everybody is let in, under the account of the URL or as ``local``."""
-        return cls(None, Register({}, {}))
+        return cls(None, Register({}, {}, frozenset()))
 
     def account_of(self, key: str) -> str | None:
         """The account that ``key`` belongs to, or None."""
         self._refresh()
-        return self._register.accounts.get(hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest())
+        return self._register.accounts.get(_digest(key))
 
     def share_of(self, account: str, max_queued: int) -> Share:
         """What the account is entitled to; ``max_queued`` is for one whose entry says nothing of it."""
@@ -125,15 +141,33 @@ class Tenants:
             raise NotFound("No such account: an id has 1 to 64 letters, digits, '-' and '_'")
         if self._path is None:
             return account or LOCAL_ACCOUNT
-        bearer = _BEARER.fullmatch((authorization or "").strip())
-        if bearer is None:
-            raise MissingCredentials("Send your access key in the header 'Authorization: Bearer <key>'")
-        owner = self.account_of(bearer[1])
+        owner = self.account_of(_key_in(authorization))
         if owner is None:
-            raise Unauthenticated("The access key is not known: check it, or ask for a new one")
+            raise Unauthenticated(UNKNOWN_KEY)
         if account is not None and account != owner:
             raise AccountMismatch("The access key belongs to another account than the URL names: use that one's")
         return owner
+
+    def authenticate_operator(self, authorization: str | None) -> None:
+        """Let operators pass; without a file everybody is one. ``authorization`` is the request's header.
+
+        Raises:
+            MissingCredentials: a key is needed and there is none.
+            Unauthenticated: the key is not known.
+            AccountMismatch: the key belongs to an account.
+        """
+        if self._path is None:
+            return
+        key = _key_in(authorization)
+        self._refresh()
+        if _digest(key) in self._register.operators:
+            return
+        if self.account_of(key) is not None:
+            raise AccountMismatch(
+                "The access key belongs to an account, and this is for operators: "
+                "make an entry with `img2img keys new --operator NAME`"
+            )
+        raise Unauthenticated(UNKNOWN_KEY)
 
     def _refresh(self) -> None:
         """Read a changed file. A broken one changes nothing, so that a slip of the pen locks nobody out."""
@@ -158,6 +192,17 @@ def bearer_from_headers(authorization: str | None, x_auth_key: str | None) -> st
     if authorization is None and x_auth_key is not None:
         return f"Bearer {x_auth_key}"
     return authorization
+
+
+def _key_in(authorization: str | None) -> str:
+    bearer = _BEARER.fullmatch((authorization or "").strip())
+    if bearer is None:
+        raise MissingCredentials("Send your access key in the header 'Authorization: Bearer <key>'")
+    return bearer[1]
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _version(path: Path) -> tuple[int, ...] | None:
@@ -189,7 +234,20 @@ def _read(path: Path) -> Register:
             entries[entry.account] = msgspec.structs.replace(first, residency=LOCAL)
     if not accounts:
         raise ConfigurationError(f"{path} has no tenants, so nobody could use the service: {REMEDY}")
-    return Register(accounts, entries)
+    return Register(accounts, entries, _operators(path, content.operators, accounts))
+
+
+def _operators(path: Path, operators: Sequence[Operator], accounts: Mapping[str, str]) -> Set[str]:
+    digests: set[str] = set()
+    for number, operator in enumerate(operators, 1):
+        where = f"{path}: operator {number} ({operator.name!r})"
+        if not _ACCOUNT.fullmatch(operator.name):
+            raise ConfigurationError(f"{where}: a name has 1 to 64 letters, digits, '-' and '_': rename it")
+        for count, digest in enumerate(_digests(operator.key_sha256, where, "operator"), 1):
+            if digest in accounts:
+                raise ConfigurationError(f"{where}: key {count} belongs to {accounts[digest]!r} too: {ONE_OF_THEM}")
+            digests.add(digest)
+    return digests
 
 
 def _add(accounts: dict[str, str], entry: Entry, where: str) -> None:
@@ -199,11 +257,16 @@ def _add(accounts: dict[str, str], entry: Entry, where: str) -> None:
         raise ConfigurationError(
             f"{where}: residency is {entry.residency!r}: write {ANYWHERE!r}, or {LOCAL!r} to keep its pictures here"
         )
-    if not entry.key_sha256:
-        raise ConfigurationError(f"{where}: key_sha256 is empty: {REMEDY}, or remove the tenant")
-    for number, digest in enumerate(entry.key_sha256, 1):
+    for number, digest in enumerate(_digests(entry.key_sha256, where, "tenant"), 1):
+        owner = accounts.setdefault(digest, entry.account)
+        if owner != entry.account:
+            raise ConfigurationError(f"{where}: key {number} belongs to {owner!r} too: {ONE_OF_THEM}")
+
+
+def _digests(hashes: Sequence[str], where: str, kind: str) -> list[str]:
+    if not hashes:
+        raise ConfigurationError(f"{where}: key_sha256 is empty: {REMEDY}, or remove the {kind}")
+    for number, digest in enumerate(hashes, 1):
         if not _HASH.fullmatch(digest):
             raise ConfigurationError(f"{where}: key {number} is no SHA-256 of 64 hexadecimal digits: {REMEDY}")
-        owner = accounts.setdefault(digest.lower(), entry.account)
-        if owner != entry.account:
-            raise ConfigurationError(f"{where}: key {number} belongs to {owner!r} too: remove it from one of them")
+    return [digest.lower() for digest in hashes]

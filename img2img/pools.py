@@ -66,7 +66,8 @@ class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     ``external``: its pictures are made outside; True for cloudflare unless the file says otherwise. ``max_steps`` and
     ``max_pixels`` bound a job, ``max_queued`` how many wait. A pool without workers counts as dead ``start_seconds``
     after there was work for it. A call costs ``job_price``, and ``step_price`` for each of its steps at 512x512: no
-    more than ``spend_per_day`` in all and ``tenant_spend_per_day`` for a tenant on a day (UTC).
+    more than ``spend_per_day`` in all and ``tenant_spend_per_day`` for a tenant on a day (UTC). Its upstream takes
+    ``calls_per_minute``, all workers together; None: what the settings allow one account.
     """
 
     name: str
@@ -81,10 +82,15 @@ class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     step_price: Amount = 0.0
     spend_per_day: Amount | None = None
     tenant_spend_per_day: Amount | None = None
+    calls_per_minute: Limit | None = None
+
+    @property
+    def calls_upstream(self) -> bool:
+        return self.engine == "cloudflare"
 
     @property
     def is_external(self) -> bool:
-        return self.engine == "cloudflare" if self.external is None else self.external
+        return self.calls_upstream if self.external is None else self.external
 
     @property
     def is_priced(self) -> bool:
@@ -190,10 +196,12 @@ def _check_pools(path: Path, pools: Sequence[Pool]) -> None:
         if pool.name in names:
             raise ConfigurationError(f"{where} is there twice: rename or remove one of them")
         names.add(pool.name)
-        if pool.engine == "cloudflare" and pool.model not in (None, MODEL):
+        if pool.calls_upstream and pool.model not in (None, MODEL):
             raise ConfigurationError(
                 f"{where} has the model {pool.model!r}, and the cloudflare engine calls {MODEL} only: leave model out"
             )
+        if pool.calls_per_minute is not None and not pool.calls_upstream:
+            raise ConfigurationError(f"{where} has calls_per_minute and its engine calls no upstream: leave it out")
         capped = pool.spend_per_day is not None or pool.tenant_spend_per_day is not None
         if pool.is_priced and pool.tenant_spend_per_day is None:
             raise ConfigurationError(f"{where} costs money: say with tenant_spend_per_day how much a tenant may spend")

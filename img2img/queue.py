@@ -373,11 +373,11 @@ class JobQueue:
 
     async def stats(self) -> QueueStats:
         """How much waits and runs, and which workers take jobs, now or after a pause (one that drains takes none)."""
-        waiting, delayed, running, quarantined, seconds, workers, oldest = await self._scripts.run("stats")
+        waiting, delayed, running, quarantined, *work, workers, oldest = await self._scripts.run("stats")
         known = (msgspec.json.decode(raw, type=WorkerInfo) for raw in workers)
         taking = tuple(worker for worker in known if worker.slots or worker.paused)
-        work = round(float(seconds), 3)
-        return QueueStats(waiting - delayed, delayed, running, quarantined, work, oldest / 1000, taking)
+        seconds, left = (round(float(part), 3) for part in work)
+        return QueueStats(waiting - delayed, delayed, running, quarantined, seconds, left, oldest / 1000, taking)
 
     async def _pop(self, key: str, timeout: float) -> str | None:
         with translated():

@@ -124,9 +124,10 @@ class Discard(msgspec.Struct, frozen=True):
 
 
 class QueueStats(msgspec.Struct, frozen=True):
-    """Counts at one moment; ``seconds`` is the estimated work of the jobs that are ready to start.
+    """Counts at one moment, with estimates of work: ``seconds`` of the jobs that are ready to start, and
+    ``running_seconds`` of what is left of those that run.
 
-    ``oldest_seconds`` is how long the one of them waits that could start first; 0 when there is none.
+    ``oldest_seconds`` is how long the one of the ready jobs waits that could start first; 0 when there is none.
     """
 
     queued: int
@@ -134,6 +135,7 @@ class QueueStats(msgspec.Struct, frozen=True):
     running: int
     quarantined: int
     seconds: float
+    running_seconds: float
     oldest_seconds: float
     workers: tuple[WorkerInfo, ...]
 
@@ -153,6 +155,7 @@ class ServiceStats(QueueStats, frozen=True):
             running=sum(one.running for one in every),
             quarantined=sum(one.quarantined for one in every),
             seconds=round(sum(one.seconds for one in every), 3),
+            running_seconds=round(sum(one.running_seconds for one in every), 3),
             oldest_seconds=max((one.oldest_seconds for one in every), default=0.0),
             workers=tuple(worker for one in every for worker in one.workers),
             pools=pools,

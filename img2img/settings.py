@@ -21,8 +21,8 @@ GUIDED_ROWS: Final = 2
 POSITIVE: Final = (
     "attempt_timeout", "attempts", "beat", "crash_limit", "idempotency_retention", "job_retention", "lease",
     "max_image_bytes", "max_image_side", "max_job_age", "max_json_body", "max_prompt_bytes", "phase_limit",
-    "result_retention", "stall_limit", "sync_timeout", "upstream_account_calls", "upstream_breaker",
-    "upstream_max_calls", "upstream_min_concurrency", "upstream_token_calls",
+    "result_retention", "scaler_target_seconds", "stall_limit", "sync_timeout", "upstream_account_calls",
+    "upstream_breaker", "upstream_max_calls", "upstream_min_concurrency", "upstream_token_calls",
 )  # fmt: skip
 NOT_NEGATIVE: Final = (
     "checkpoint_interval", "concurrency", "drain_timeout", "fake_step_seconds", "input_retention", "max_defer",
@@ -67,6 +67,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_wait: float = 60.0
     drain_timeout: float = 30.0
     reproducible: bool = False
+    scaler_port: int = -1
+    scaler_tls_cert: Path | None = None
+    scaler_tls_key: Path | None = None
+    scaler_client_ca: Path | None = None
+    scaler_target_seconds: float = 30.0
 
     # Limits
     max_json_body: int = 64 * 1024 * 1024
@@ -205,7 +210,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 "as it comes in and decoded"
             )
 
+        self._check_scaler()
         self._check_upstream()
+
+    def _check_scaler(self) -> None:
+        if not -1 <= self.scaler_port <= MAX_PORT:
+            raise ConfigurationError(
+                f"IMG2IMG_SCALER_PORT must be a port, 0 to {MAX_PORT} (0: any free one), or -1 for none"
+            )
+        if len({path is None for path in (self.scaler_tls_cert, self.scaler_tls_key, self.scaler_client_ca)}) > 1:
+            raise ConfigurationError(
+                "IMG2IMG_SCALER_TLS_CERT, IMG2IMG_SCALER_TLS_KEY and IMG2IMG_SCALER_CLIENT_CA go together: "
+                "set all or none"
+            )
+        if self.scaler_port >= 0 and self.scaler_client_ca is None and not self.is_loopback:
+            raise ConfigurationError(
+                f"Without certificates the scaler listens on loopback only, not on {self.host}: set "
+                "IMG2IMG_SCALER_TLS_CERT, IMG2IMG_SCALER_TLS_KEY and IMG2IMG_SCALER_CLIENT_CA, "
+                "or IMG2IMG_SCALER_PORT=-1"
+            )
 
     def _check_upstream(self) -> None:
         if not UPSTREAM_URL.fullmatch(self.upstream_url):

@@ -87,7 +87,11 @@ QUEUE_OLDEST_SECONDS = Gauge(
     ["queue"], unit="seconds", registry=GATEWAY,
 )  # fmt: skip
 QUEUE_BACKLOG_SECONDS = Gauge(
-    "img2img_queue_backlog_seconds", "Estimated work of the jobs that may start",
+    "img2img_queue_backlog_seconds", "Estimated work of the jobs that may start, and what is left of those that run",
+    ["queue"], unit="seconds", registry=GATEWAY,
+)  # fmt: skip
+QUEUE_DEMAND_SECONDS = Gauge(
+    "img2img_queue_demand_seconds", "Work that the pool owes, as autoscalers are told",
     ["queue"], unit="seconds", registry=GATEWAY,
 )  # fmt: skip
 QUEUE_SPEND = Gauge(
@@ -98,7 +102,9 @@ QUEUE_SPEND_CAP = Gauge(
     "img2img_queue_spend_cap", "What they may come to, where the pool has a spend_per_day", ["queue"], registry=GATEWAY
 )
 WORKERS = Gauge("img2img_workers", "Workers alive", ["queue"], registry=GATEWAY)
-OF_QUEUES: Final = (QUEUE_JOBS, QUEUE_OLDEST_SECONDS, QUEUE_BACKLOG_SECONDS, QUEUE_SPEND, QUEUE_SPEND_CAP, WORKERS)
+OF_QUEUES: Final = (
+    QUEUE_JOBS, QUEUE_OLDEST_SECONDS, QUEUE_BACKLOG_SECONDS, QUEUE_DEMAND_SECONDS, QUEUE_SPEND, QUEUE_SPEND_CAP, WORKERS
+)  # fmt: skip
 
 JOBS_COMPLETED = Counter("img2img_jobs_completed", "Jobs ended by this worker", ["outcome", "engine"], registry=WORKER)
 JOB_SECONDS = Histogram(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+import redis
 
 from img2img.embedded import EmbeddedValkey
 from tests.stack import Stack
@@ -54,6 +55,13 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A fresh, empty server for the tests of one module."""
     with running_valkey(tmp_path_factory.mktemp("valkey")) as url:
         yield url
+
+
+@pytest.fixture
+def empty_server(valkey_url: str) -> None:
+    """The module's server, without what its earlier tests left there."""
+    with redis.Redis.from_url(valkey_url) as server:
+        server.flushall()
 
 
 @pytest.fixture(scope="module")

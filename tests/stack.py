@@ -88,6 +88,7 @@ class Gateway(Process):
         ready = self.wait_ready()
         self.http = f"http://127.0.0.1:{ready['http_port']}"
         self.grpc = f"127.0.0.1:{ready['grpc_port']}"
+        self.scaler = f"127.0.0.1:{ready['scaler_port']}" if ready["scaler_port"] is not None else None
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.http, timeout=60, trust_env=False, **options)

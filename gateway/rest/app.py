@@ -19,6 +19,8 @@ from gateway.rest.measures import route_of
 from gateway.rest.native import JobsController
 from gateway.rest.openapi import openapi_config
 from gateway.rest.operations import live, metrics, ready
+from gateway.rest.scaling import scaling as scaling_route
+from gateway.scaling import Scaling
 from gateway.service import JobService
 from gateway.tenants import Tenants
 from img2img.errors import Img2ImgError, Unavailable
@@ -27,11 +29,13 @@ from img2img.settings import Settings
 CLOUDFLARE_PREFIX: Final = "/client/v4"
 
 
-def build_app(service: JobService, tenants: Tenants, settings: Settings, budgets: Budgets, drain: Drain) -> Litestar:
+def build_app(
+    service: JobService, tenants: Tenants, settings: Settings, budgets: Budgets, drain: Drain, scaling: Scaling
+) -> Litestar:
     """One application per process; it opens and closes nothing."""
-    front = Front(service, tenants, settings, budgets, drain)
+    front = Front(service, tenants, settings, budgets, drain, scaling)
     return Litestar(
-        route_handlers=[CloudflareController, JobsController, live, ready, metrics],
+        route_handlers=[CloudflareController, JobsController, scaling_route, live, ready, metrics],
         dependencies={"front": Provide(lambda: front, sync_to_thread=False, use_cache=True)},
         exception_handlers={
             Img2ImgError: problems.on_img2img_error,

@@ -15,6 +15,7 @@ from gateway.budget import Budgets
 from gateway.drain import Drain
 from gateway.rest.bodies import decode_json, read_body
 from gateway.rest.forms import decode_form, is_form
+from gateway.scaling import Scaling
 from gateway.service import JobService
 from gateway.tenants import Tenants, bearer_from_headers
 from img2img.errors import ClientClosed, InvalidRequest
@@ -39,6 +40,7 @@ class Front(msgspec.Struct, frozen=True):
     settings: Settings
     budgets: Budgets
     drain: Drain
+    scaling: Scaling
 
     def authenticate(self, request: AnyRequest, account: str | None = None) -> str:
         """The account of the request's key; ``account`` is the one that its URL names.
@@ -46,9 +48,11 @@ class Front(msgspec.Struct, frozen=True):
         Raises:
             Unauthenticated: no key, an unknown one, or another account's.
         """
-        headers = request.headers
-        bearer = bearer_from_headers(headers.get("authorization"), headers.get("x-auth-key"))
-        return self.tenants.authenticate(bearer, account)
+        return self.tenants.authenticate(_bearer(request), account)
+
+    def authenticate_operator(self, request: AnyRequest) -> None:
+        """Let the request pass if its key is an operator's; raises as :meth:`Tenants.authenticate_operator` does."""
+        self.tenants.authenticate_operator(_bearer(request))
 
     @asynccontextmanager
     async def body(
@@ -104,6 +108,11 @@ async def unless_slow(
             ) from exc
         arrived += len(chunk)
         yield chunk
+
+
+def _bearer(request: AnyRequest) -> str | None:
+    headers = request.headers
+    return bearer_from_headers(headers.get("authorization"), headers.get("x-auth-key"))
 
 
 def content_length(request: AnyRequest) -> int | None:

@@ -9,6 +9,7 @@ import structlog
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
+from gateway.scaling import Scaling
 from gateway.service import JobService
 from img2img import telemetry
 from img2img.errors import Unavailable
@@ -55,7 +56,7 @@ def _note(scope: HTTPScope, status: str, seconds: float) -> None:
     telemetry.observe(telemetry.HTTP_SECONDS.labels(route_of(scope), method, status), seconds)
 
 
-async def read_queues(service: JobService) -> None:
+async def read_queues(service: JobService, scaling: Scaling) -> None:
     """Set the gauges to what the queue server says now; where it does not answer only ``QUEUE_UP`` is there.
 
     It takes one trip for each pool, another one for each that has a price, and one more for all of these.
@@ -74,8 +75,10 @@ async def read_queues(service: JobService) -> None:
         for state in ("queued", "delayed", "running", "quarantined"):
             telemetry.QUEUE_JOBS.labels(queue, state).set(getattr(stats, state))
         telemetry.QUEUE_OLDEST_SECONDS.labels(queue).set(stats.oldest_seconds)
-        telemetry.QUEUE_BACKLOG_SECONDS.labels(queue).set(stats.seconds)
         telemetry.WORKERS.labels(queue).set(len(stats.workers))
+    for queue, signal in scaling.signals_of(pools).items():
+        telemetry.QUEUE_BACKLOG_SECONDS.labels(queue).set(signal.backlog_seconds)
+        telemetry.QUEUE_DEMAND_SECONDS.labels(queue).set(signal.demand_seconds)
     for queue, (amount, cap) in spent.items():
         telemetry.QUEUE_SPEND.labels(queue).set(amount)
         if cap is not None:

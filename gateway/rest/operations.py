@@ -51,6 +51,6 @@ async def ready(front: FrontDependency) -> Response[dict[str, str | int]]:
 @get("/metrics", include_in_schema=False)
 async def metrics(request: AnyRequest, front: FrontDependency) -> Response[bytes]:
     """The process's own metrics, and the queues' gauges as they are at this moment."""
-    await read_queues(front.service)
+    await read_queues(front.service, front.scaling)
     text, media_type = telemetry.exposition(telemetry.GATEWAY, request.headers.get("accept", ""))
     return Response(text, media_type=media_type)

@@ -74,10 +74,8 @@ end
 local function wait_for_slot(queue, totals, account, work, position)
   local slots = totals.slots or 0
   if slots <= 0 then return nil end
-  local running = redis.call('ZCARD', queue.leases)
-  if position < slots - running then return 0 end
-  local elapsed = running * NOW - (totals.running_since or 0)
-  local rest = math.max(0, (totals.running_ms or 0) - elapsed) / 1000 / slots
+  if position < slots - redis.call('ZCARD', queue.leases) then return 0 end
+  local rest = running_rest(queue, totals) / slots
   return work > 0 and rest + work / own_slots(queue, totals, account) or rest
 end
 

@@ -5,6 +5,8 @@
 
 local DECAY = 0.98
 local UNKNOWN_UNIT_SECONDS = 0.05
+local UNKNOWN_UNITS = 20
+local LEAST_SECONDS = 0.001
 local KEPT = 7 * 24 * 3600 * 1000
 
 -- The queue's counters, as numbers (nil where there is none) but for `engine`.
@@ -60,7 +62,20 @@ local function service_seconds(measures, steps, area)
   local known = measures and (measures.own or measures.all)
   if not known then return UNKNOWN_UNIT_SECONDS * steps * area, false end
   local per_job, per_x = line_of(known)
-  return math.max(per_job + per_x * (measures.own and steps or steps * area), 0.001), true
+  return math.max(per_job + per_x * (measures.own and steps or steps * area), LEAST_SECONDS), true
+end
+
+-- The mean seconds of a job of which nothing but its engine is known.
+local function mean_seconds(measures)
+  if not (measures and measures.all) then return UNKNOWN_UNITS * UNKNOWN_UNIT_SECONDS end
+  local n, _, seconds = numbers_in(measures.all)
+  return seconds / n
+end
+
+-- Seconds that are left of all that runs; jobs that take longer than expected make up for others' time.
+local function running_rest(queue, totals)
+  local elapsed = redis.call('ZCARD', queue.leases) * NOW - (totals.running_since or 0)
+  return math.max(0, (totals.running_ms or 0) - elapsed) / 1000
 end
 
 local function relative_area(totals, pixels)

@@ -67,7 +67,7 @@ def test_it_comes_in_every_form(client: httpx.Client, path: str) -> None:
 def test_every_route_is_described(document: dict[str, Any]) -> None:
     """Nothing is served that the document leaves out, but the metrics and the document itself."""
     nothing: Any = msgspec.UNSET  # only the routes are looked at
-    app = build_app(nothing, Tenants.open_local(), Settings(), nothing, nothing)
+    app = build_app(nothing, Tenants.open_local(), Settings(), nothing, nothing, nothing)
     served = {
         f"{method} {re.sub(r':[a-z]+}', '}', route.path_format)}"
         for route in app.routes

@@ -73,6 +73,20 @@ def test_a_key_for_no_account() -> None:
     assert "letters, digits" in ended.stderr
 
 
+def test_a_new_key_of_an_operator() -> None:
+    """It goes into another table of the same file."""
+    made = run("keys", "new", "--operator", "keda")
+    (operator,) = tomllib.loads(made.stdout)["operators"]
+    assert operator == {"name": "keda", "key_sha256": [hashlib.sha256(made.stderr.split()[-1].encode()).hexdigest()]}
+
+
+@pytest.mark.parametrize("arguments", [(), ("acme", "--operator", "keda")])
+def test_a_key_is_of_an_account_or_of_an_operator(arguments: tuple[str, ...]) -> None:
+    ended = run("keys", "new", *arguments)
+    assert ended.returncode == 2
+    assert "Give either ACCOUNT or --operator NAME" in ended.stderr
+
+
 def test_gateway_options_become_settings() -> None:
     """The gateway itself gets, checks and refuses what the option says."""
     ended = run("gateway", "--host", "0.0.0.0", IMG2IMG_KEY="the client's", IMG2IMG_SERVER="the client's")

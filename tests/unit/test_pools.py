@@ -144,6 +144,10 @@ class TestFile:
             (POOL + "spend_per_day = 9\n" + ROUTE, "pool 'gpu' has a cap and no price: give job_price or step_price"),
             (POOL + "tenant_spend_per_day = 0\n" + ROUTE, "pool 'gpu' has a cap and no price"),
             (
+                POOL + "calls_per_minute = 60\n" + ROUTE,
+                "pool 'gpu' has calls_per_minute and its engine calls no upstream",
+            ),
+            (
                 POOL + ROUTE + FOR_CATS.replace("cats", "two cats"),
                 "route 2: a model's name has 1 to 128 visible ASCII characters, no '/' first or last: rename it",
             ),

@@ -79,6 +79,13 @@ class TestRefusals:
                 {"upstream_min_concurrency": "9", "upstream_max_concurrency": "8"},
                 "IMG2IMG_UPSTREAM_MAX_CONCURRENCY must be at least IMG2IMG_UPSTREAM_MIN_CONCURRENCY",
             ),
+            ({"scaler_port": "-2"}, "IMG2IMG_SCALER_PORT must be a port, 0 to 65535 (0: any free one), or -1 for none"),
+            ({"scaler_client_ca": "ca.pem"}, "IMG2IMG_SCALER_TLS_CERT, IMG2IMG_SCALER_TLS_KEY and"),
+            (
+                {"host": "0.0.0.0", "scaler_port": "0"},
+                "Without certificates the scaler listens on loopback only, not on 0.0.0.0: set IMG2IMG_SCALER_TLS_CERT",
+            ),
+            ({"scaler_target_seconds": "0"}, "IMG2IMG_SCALER_TARGET_SECONDS must be above 0"),
             ({"drain_timeout": "inf"}, "IMG2IMG_DRAIN_TIMEOUT must be at most 3153600000 (100 years)"),
             ({"drain_timeout": "-1"}, "IMG2IMG_DRAIN_TIMEOUT must be 0 or above"),
             ({"metrics_port": "-2"}, "IMG2IMG_METRICS_PORT must be a port, 0 to 65535 (0: any free one), or -1"),

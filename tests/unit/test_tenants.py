@@ -26,6 +26,10 @@ def entry(account: str, *keys: str) -> str:
     return f'[[tenants]]\naccount = "{account}"\nkey_sha256 = {[digest(key) for key in keys]}\n'
 
 
+def operator(name: str, *keys: str) -> str:
+    return f'[[operators]]\nname = "{name}"\nkey_sha256 = {[digest(key) for key in keys]}\n'
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "tenants.toml"
@@ -109,6 +113,37 @@ class TestAuthenticate:
         assert tenants.authenticate(bearer_from_headers(None, "key-1")) == "acme"
 
 
+class TestOperators:
+    @pytest.fixture
+    def tenants(self, path: Path) -> Tenants:
+        path.write_text(entry("acme", "key-1") + operator("keda", "key-o", "key-p"))
+        return Tenants.load(path)
+
+    def test_each_of_their_keys_lets_them_pass(self, tenants: Tenants) -> None:
+        for key in ("key-o", "key-p"):
+            tenants.authenticate_operator(f"Bearer {key}")
+
+    def test_they_have_no_account(self, tenants: Tenants) -> None:
+        with pytest.raises(Unauthenticated):
+            tenants.authenticate("Bearer key-o")
+
+    def test_a_tenants_key_is_told_what_it_lacks(self, tenants: Tenants) -> None:
+        with pytest.raises(AccountMismatch, match="img2img keys new --operator"):
+            tenants.authenticate_operator("Bearer key-1")
+
+    @pytest.mark.parametrize(
+        ("header", "error"),
+        [(None, MissingCredentials), ("Basic a2V5", MissingCredentials), ("Bearer x", Unauthenticated)],
+    )
+    def test_others_do_not_pass(self, tenants: Tenants, header: str | None, error: type[Exception]) -> None:
+        with pytest.raises(error) as caught:
+            tenants.authenticate_operator(header)
+        assert type(caught.value) is error
+
+    def test_without_a_file_everybody_is_one(self) -> None:
+        Tenants.open_local().authenticate_operator(None)
+
+
 class TestFile:
     @pytest.mark.parametrize(
         ("content", "reason"),
@@ -128,6 +163,9 @@ class TestFile:
             (entry("acme", "a") + "residency = true", "Expected `str`, got `bool` - at `$.tenants[0].residency`"),
             (entry("acme", "a") + "spend_per_day = -1", "Expected `float` >= 0.0 - at `$.tenants[0].spend_per_day`"),
             (entry("acme", "a") + "spend_per_day = nan", "Expected `float` >= 0.0 - at `$.tenants[0].spend_per_day`"),
+            (entry("acme", "a") + operator("b c", "b"), "operator 1 ('b c'): a name has 1 to 64"),
+            (entry("acme", "a") + operator("b"), "operator 1 ('b'): key_sha256 is empty"),
+            (entry("acme", "a") + operator("b", "c", "a"), "operator 1 ('b'): key 2 belongs to 'acme' too: remove it"),
             (entry("acme", "a") + entry("b", "c", "a"), "tenant 2 ('b'): key 2 belongs to 'acme' too: remove it"),
         ],
     )

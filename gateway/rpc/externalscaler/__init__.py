@@ -1,0 +1,1 @@
+"""Stubs of KEDA's external scaler, generated from ``proto/externalscaler`` by ``make proto``."""
