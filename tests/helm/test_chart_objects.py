@@ -1,10 +1,13 @@
 """What the chart renders: valid objects, which find each other, start, stop and scale as they should."""
 
+import tarfile
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.helm.rendering import CASES, MINIMAL, Rendered, environment, render
+from tests.helm.rendering import CASES, CHART, HELMS, MINIMAL, NAMESPACE, RELEASE, Rendered, environment, helm, render
 from tests.helm.schemas import mistakes
 
 Releases = dict[tuple[str, str], Rendered]
@@ -24,6 +27,44 @@ def test_both_helms_render_the_same(releases: Releases, case: str) -> None:
 def test_objects_are_what_their_schemas_say(release: Rendered) -> None:
     """Kubernetes' own, KEDA's, the Prometheus operator's and the Gateway API's; unknown fields are mistakes."""
     assert [wrong for item in release for wrong in mistakes(item)] == []
+
+
+def test_schemas_see_mistakes(releases: Releases) -> None:
+    """In every kind of object: a field that there is not, and one of the wrong type."""
+    for item in releases["helm4", "everything"]:
+        assert mistakes(item | {"specs": {}}) != [], item["kind"]
+        if "spec" in item:
+            field = sorted(item["spec"])[0]
+            assert mistakes(item | {"spec": item["spec"] | {"replica": 1}}) != [], item["kind"]
+            assert mistakes(item | {"spec": item["spec"] | {field: [[]]}}) != [], (item["kind"], field)
+
+
+def test_requests_are_within_limits(release: Rendered) -> None:
+    """Kubernetes would refuse the pod."""
+    for name, container in release.containers():
+        resources = container["resources"]
+        for kind in resources["requests"].keys() & resources["limits"].keys():
+            assert _amount(resources["requests"][kind]) <= _amount(resources["limits"][kind]), (name, kind)
+
+
+def _amount(quantity: str) -> float:
+    units = {"m": 0.001, "Mi": 1024**2, "Gi": 1024**3}
+    number, unit = next(
+        ((quantity.removesuffix(end), units[end]) for end in units if quantity.endswith(end)), (quantity, 1)
+    )
+    return float(number) * unit
+
+
+def test_a_package_is_the_chart(releases: Releases, tmp_path: Path) -> None:
+    """`helm package` takes all that it needs, and no more: the same objects come of it."""
+    for program in HELMS:
+        helm(program, "package", str(CHART), "-d", str(tmp_path))
+        [package] = tmp_path.glob("*.tgz")
+        with tarfile.open(package) as files:
+            assert not [name for name in files.getnames() if "/ci/" in name]
+        values = CHART / "ci" / "everything-values.yaml"
+        text = helm(program, "template", RELEASE, str(package), "-n", NAMESPACE, "-f", str(values))
+        assert [item for item in yaml.safe_load_all(text) if item] == releases[program, "everything"]
 
 
 def test_every_kind_of_object_appears(releases: Releases) -> None:

@@ -158,6 +158,9 @@ def test_flows_follow_what_is_switched_on(releases: Releases) -> None:
     assert [ports for ports, _ in flows(releases["helm4", "everything"], "pictures-worker-cpu", "egress")][2:] == [
         (4317,)
     ]
+    scrapers = [peers for _, peers in flows(releases["helm4", "gpu-keda"], f"{PICTURES}-gateway", "ingress")][1]
+    assert len(scrapers) == 1, "KEDA has no need of HTTP where gateways tell it"
+    assert len(flows(releases["helm4", "proxy-pools"], f"{PICTURES}-gateway", "ingress")[1][1]) == 2
     keda = flows(releases["helm4", "gpu-keda"], f"{PICTURES}-gateway", "ingress")[-1]
     assert keda == (("scaler",), [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "keda"}}}])
     rendered = releases["helm4", "none-autoscaling"]

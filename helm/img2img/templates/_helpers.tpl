@@ -95,6 +95,15 @@ annotations:
 {{- toYaml (dict "pools" $pools) -}}
 {{- end -}}
 
+{{/* Takes root and trigger: "true" if a pool is scaled by KEDA with that trigger. */}}
+{{- define "img2img.usesTrigger" -}}
+{{- $used := false -}}
+{{- range (include "img2img.pools" .root | fromYaml).pools -}}
+{{- if and (eq .autoscaling.mode "keda") (eq .autoscaling.trigger $.trigger) }}{{ $used = true }}{{ end -}}
+{{- end -}}
+{{- if $used }}true{{ end -}}
+{{- end -}}
+
 {{/* Takes root and pool. */}}
 {{- define "img2img.workerName" -}}
 {{ include "img2img.fullname" .root }}-worker-{{ .pool.name }}
