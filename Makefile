@@ -15,7 +15,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 TORCH := $(shell grep -E '^torch==' requirements.lock)
 SDKS := 5.9.0 4.3.1
-
 CHECKOV := checkov==3.3.30
 
 .PHONY: help setup demo up test lint format proto docs chart bench chaos lock clean

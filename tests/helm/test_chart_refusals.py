@@ -67,6 +67,14 @@ BY_CHART: list[tuple[dict[str, Any], str]] = [
     ({"blobs": {"existingClaim": "blobs"}}, "blobs.existingClaim is for a file:///folder"),
     ({"gateway": {"terminationGracePeriodSeconds": 49}}, "preStopSeconds, drainSeconds and 10 more (50)"),
     ({"gateway": {"autoscaling": {"minReplicas": 9}}}, "gateway.autoscaling.minReplicas is more than maxReplicas"),
+    (
+        {"gateway": {"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}},
+        "gateway.resources.requests.cpu: the HPA reckons in percent of it",
+    ),
+    (
+        pools(CPU | {"resources": {}, "autoscaling": {"mode": "hpa", "metric": "cpu"}}),
+        "pool cpu: resources.requests.cpu: the HPA reckons in percent of it",
+    ),
     ({"settings": {"lease": 3}}, "gateway.settings: lease (3) must be at least twice beat (2)"),
     ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs: name the Gateway"),
     ({"grpcRoute": {"enabled": True}}, "grpcRoute.parentRefs: name the Gateway"),

@@ -18,6 +18,9 @@
 {{- if gt (int $gateway.autoscaling.minReplicas) (int $gateway.autoscaling.maxReplicas) }}
 {{- fail "gateway.autoscaling.minReplicas is more than maxReplicas: lower it" }}
 {{- end }}
+{{- if and $gateway.autoscaling.enabled (not (dig "requests" "cpu" "" $gateway.resources)) }}
+{{- fail "gateway.resources.requests.cpu: the HPA reckons in percent of it: set it, or unset gateway.autoscaling.enabled" }}
+{{- end }}
 {{- include "img2img.checkSettings" (dict "where" "gateway.settings" "settings" (include "img2img.joined" (list .Values.settings $gateway.settings) | fromYaml)) }}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) }}
 {{- fail "httpRoute.parentRefs: name the Gateway that the route belongs to" }}
@@ -119,6 +122,9 @@
 {{- $target := .root.Values.poolDefaults.autoscaling.targetSeconds }}
 {{- if and (eq $scaling.mode "hpa") (eq $scaling.metric "demand") (ne (toString $scaling.targetSeconds) (toString $target)) }}
 {{- fail (printf "%s: the metric of the demand is reckoned with poolDefaults.autoscaling.targetSeconds (%v), not with %v: set it there, or autoscaling.mode to keda" .where $target $scaling.targetSeconds) }}
+{{- end }}
+{{- if and (eq $scaling.mode "hpa") (eq $scaling.metric "cpu") (not (dig "requests" "cpu" "" $pool.resources)) }}
+{{- fail (printf "%s: resources.requests.cpu: the HPA reckons in percent of it: set it, or autoscaling.metric to demand" .where) }}
 {{- end }}
 {{- if and (eq $scaling.mode "hpa") (eq $scaling.metric "cpu") (ne $pool.kind "cpu") }}
 {{- fail (printf "%s: CPU in use says nothing of a pool of the kind %s: set autoscaling.metric to demand" .where $pool.kind) }}
