@@ -15,8 +15,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 TORCH := $(shell grep -E '^torch==' requirements.lock)
 SDKS := 5.9.0 4.3.1
+CHECKOV := checkov==3.3.30
 
-.PHONY: help setup demo up test lint format proto docs bench chaos lock clean
+.PHONY: help setup demo up test lint format proto docs chart bench chaos lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
@@ -57,6 +58,9 @@ proto: $(VENV)/.test ## Generate the gRPC stubs from proto/
 docs: $(VENV)/.test ## Write the table of metrics in docs/telemetry.md
 	$(BIN)/python -m tests.metrics_table
 
+chart: $(VENV)/.test ## Write what the chart in helm/ has from elsewhere: README, schema of the settings, alerts, dashboard
+	$(BIN)/python helm/chart.py
+
 bench: $(VENV)/.test ## Run the benchmarks (BENCH=queue for one, QUICK=1 for a short run)
 	@for name in $(or $(BENCH),gateway queue queue_scale cancel eta autoscale engine proxy); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
 
@@ -91,9 +95,13 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 	@$(PIP) -c requirements.lock -e '.[local]'
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.run
+# Helm and checkov stand apart: the one is no package for Python, the other pins what others need newer.
+$(VENV)/.test: $(VENV)/.run helm/binaries.txt
 	@echo "Installing what development and tests need"
 	@$(PIP) -c requirements.lock -e '.[dev]'
 	@for version in $(SDKS); do \
 		$(PIP) --upgrade --target $(VENV)/sdk/cloudflare-$$version cloudflare==$$version; done
+	@$(BIN)/python helm/binaries.py $(VENV)/helm
+	@$(PYTHON) -m venv $(VENV)/checkov
+	@$(VENV)/checkov/bin/pip install --quiet --disable-pip-version-check '$(CHECKOV)'
 	@touch $@
