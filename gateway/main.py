@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import os
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ import uvicorn
 import uvloop
 from litestar.types import ASGIApp
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+from opentelemetry.instrumentation.propagators import TraceResponsePropagator, set_global_response_propagator
 
 from gateway.budget import Budgets
 from gateway.drain import Drain
@@ -29,6 +31,8 @@ from img2img.settings import Settings
 from img2img.wiring import open_parts
 
 UNTRACED = "health/live,health/ready,metrics"
+CONVENTIONS_VARIABLE = "OTEL_SEMCONV_STABILITY_OPT_IN"
+"""Without it the middleware names attributes as before they were settled."""
 
 log = structlog.get_logger(__name__)
 
@@ -73,6 +77,9 @@ def bind_http(settings: Settings) -> socket.socket:
 
 
 def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
+    """A server whose calls are traced by the stable conventions, and whose answers say so in ``traceresponse``."""
+    os.environ.setdefault(CONVENTIONS_VARIABLE, "http")
+    set_global_response_propagator(TraceResponsePropagator())  # type: ignore[no-untyped-call]
     traced = OpenTelemetryMiddleware(
         app,
         excluded_urls=UNTRACED,

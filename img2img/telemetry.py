@@ -1,31 +1,37 @@
 """Every metric, span and log format of the service, declared in one place.
 
 Spans follow OpenTelemetry's semantic conventions for messaging: ``send <queue>`` where a job is accepted,
-``process <queue>`` where an attempt runs it, stages as its children. Prompts and pictures never get into spans
-or logs; ``IMG2IMG_LOG_PROMPTS`` puts the prompts into the gateway's log.
+``process <queue>`` where an attempt runs it, stages as its children (docs/telemetry.md). Prompts and pictures never
+get into spans or logs; ``IMG2IMG_LOG_PROMPTS`` puts the prompts into the gateway's log.
 """
 
+import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
+from urllib.parse import urlsplit
 
 import structlog
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Link, Span, SpanKind
+from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import Counter, Gauge, Histogram
 
-from img2img.jobs import JobSpec, Stage
+from img2img.errors import ConfigurationError, Img2ImgError
+from img2img.jobs import JOB_ID, JobSpec, Stage
+from img2img.queue_types import Submitted
 
-OTLP_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+OTLP_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+PROTOCOL_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+HTTP_ERRORS: Final = 400
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 JOBS_SUBMITTED = Counter("img2img_jobs_submitted", "Jobs accepted", ["front_end"])
@@ -46,18 +52,32 @@ propagator: Final = TraceContextTextMapPropagator()
 
 @contextmanager
 def tracing(service: str) -> Iterator[None]:
-    """Export spans over OTLP while the process runs, where an endpoint is set (OTEL_* variables apply)."""
+    """Export spans over OTLP while the process runs, where an endpoint is set (OTEL_* variables apply).
+
+    Raises:
+        ConfigurationError: the variables ask for another protocol than gRPC.
+    """
     propagate.set_global_textmap(propagator)
-    if not any(os.environ.get(variable) for variable in OTLP_VARIABLES):
+    if _variable(*OTLP_VARIABLES) is None or _variable("OTEL_TRACES_EXPORTER") == "none":
         yield
         return
-    provider = TracerProvider(resource=Resource.create({"service.name": service}))
+    if (protocol := _variable(*PROTOCOL_VARIABLES)) not in (None, "grpc"):
+        raise ConfigurationError(f"OTEL_EXPORTER_OTLP_PROTOCOL must be grpc, not {protocol!r}: name a gRPC endpoint")
+    version = importlib.metadata.version("img2img")
+    ours = Resource.create({"service.name": service, "service.version": version})
+    # Last, because what the environment says of this process is the operator's word.
+    provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     try:
         yield
     finally:
         provider.shutdown()
+
+
+def _variable(*names: str) -> str | None:
+    """The first of these environment variables that is set, and not empty."""
+    return next((value for name in names if (value := os.environ.get(name))), None)
 
 
 def flush(seconds: float) -> None:
@@ -107,39 +127,150 @@ def _add_trace(_: object, __: str, event: structlog.typing.EventDict) -> structl
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
         event["trace_id"] = trace.format_trace_id(context.trace_id)
+        event["span_id"] = trace.format_span_id(context.span_id)
     return event
 
 
-@contextmanager
-def send_span(queue: str, job_id: str) -> Iterator[dict[str, str]]:
-    """The producer's span; yields the carrier that the job's record takes to its worker."""
-    attributes = _messaging(queue, job_id, "send")
-    with tracer.start_as_current_span(f"send {queue}", kind=SpanKind.PRODUCER, attributes=attributes):
-        carrier: dict[str, str] = {}
-        propagator.inject(carrier)
-        yield carrier
+def name_job(job_id: str) -> None:
+    """Have the current span, and what the current task logs from now on, say which job they are about.
+
+    Callers may send anything as an id: what cannot be one is not told.
+    """
+    if JOB_ID.fullmatch(job_id):
+        structlog.contextvars.bind_contextvars(job=job_id)
+        trace.get_current_span().set_attribute("img2img.job.id", job_id)
+
+
+def trace_response() -> str | None:
+    """What a caller is told of the current span, in the form of the header ``traceresponse``; None without a trace."""
+    context = trace.get_current_span().get_span_context()
+    if not context.is_valid:
+        return None
+    ids = f"{trace.format_trace_id(context.trace_id)}-{trace.format_span_id(context.span_id)}"
+    return f"00-{ids}-{context.trace_flags:02x}"
+
+
+def fail(span: Span, kind: str) -> None:
+    """Mark a span as failed. It never says more than a stable code or a class: an error's words may quote a prompt."""
+    span.set_attribute("error.type", kind)
+    span.set_status(StatusCode.ERROR, kind)
+
+
+class Sending:
+    """The producer's span while a job is being accepted; ``carrier`` is what the job's record takes to its worker."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+        self.carrier: dict[str, str] = {}
+        propagator.inject(self.carrier)
+
+    def accepted(self, submitted: Submitted) -> None:
+        """Tell which pool took the job, or which earlier one it joined."""
+        if submitted.created:
+            self._span.update_name(f"send {submitted.pool}")
+            self._span.set_attribute("messaging.destination.name", submitted.pool)
+        else:
+            self._span.set_attribute("img2img.joined.job.id", submitted.id)
 
 
 @contextmanager
-def process_span(queue: str, spec: JobSpec, attempt: int) -> Iterator[Span]:
-    """An attempt's span: the first is a child of the producer and linked to it, later ones only linked."""
+def send_span(queue: str, job_id: str, *, apart: bool = False) -> Iterator[Sending]:
+    """The producer's span; ``apart`` begins a trace of its own, linked to the call's, as each job of a batch has."""
+    call = trace.get_current_span().get_span_context()
+    with (
+        structlog.contextvars.bound_contextvars(job=job_id),
+        _failing_span(
+            f"send {queue}",
+            SpanKind.PRODUCER,
+            _messaging(queue, job_id, "send"),
+            context=Context() if apart else None,
+            links=[Link(call)] if apart and call.is_valid else [],
+        ) as span,
+    ):
+        yield Sending(span)
+
+
+@contextmanager
+def process_span(queue: str, spec: JobSpec, attempt: int, engine: str) -> Iterator[Span]:
+    """An attempt's span: the first is a child of the producer and linked to it, later ones only linked.
+
+    What is logged meanwhile names the job and the attempt.
+    """
     parent = propagator.extract(spec.trace)
     origin = trace.get_current_span(parent).get_span_context()
-    links = [Link(origin)] if origin.is_valid else []
-    attributes: dict[str, str | int] = {**_messaging(queue, spec.id, "process"), "img2img.attempt": attempt}
-    with tracer.start_as_current_span(
-        f"process {queue}",
-        context=parent if attempt == 1 else Context(),
-        kind=SpanKind.CONSUMER,
-        links=links,
-        attributes=attributes,
-    ) as span:
+    attributes: dict[str, str | int] = {
+        **_messaging(queue, spec.id, "process"),
+        "img2img.attempt": attempt,
+        "img2img.engine": engine,
+        "img2img.steps": spec.parameters.steps,
+    }
+    with (
+        structlog.contextvars.bound_contextvars(job=spec.id, attempt=attempt),
+        _failing_span(
+            f"process {queue}",
+            SpanKind.CONSUMER,
+            attributes,
+            context=parent if attempt == 1 else Context(),
+            links=[Link(origin)] if origin.is_valid else [],
+        ) as span,
+    ):
         yield span
 
 
-def start_stage(stage: Stage) -> Span:
-    """A stage's span, child of the current attempt; the caller ends it."""
-    return tracer.start_span(f"stage {stage.value}")
+def stage_span(stage: Stage, began: int, ended: int, attributes: Mapping[str, float] | None) -> None:
+    """The span of a stage that is over, child of the current attempt's; times in nanoseconds since 1970."""
+    tracer.start_span(f"stage {stage.value}", start_time=began, attributes=attributes).end(ended)
+
+
+@contextmanager
+def call_span(url: str) -> Iterator[tuple[Span, dict[str, str]]]:
+    """The span of one ``POST`` to another service, and the headers that tell that service of it."""
+    parts = urlsplit(url)
+    attributes: dict[str, str | int] = {
+        "http.request.method": "POST",
+        "url.full": url,
+        "server.address": parts.hostname or "",
+        "server.port": parts.port or (443 if parts.scheme == "https" else 80),
+    }
+    with _failing_span("POST", SpanKind.CLIENT, attributes) as span:
+        headers: dict[str, str] = {}
+        propagator.inject(headers)
+        yield span, headers
+
+
+def answered(span: Span, status: int, request_id: str) -> None:
+    """What came back to a ``call_span``: the HTTP status, and the service's own name for the call, if it gave one."""
+    span.set_attribute("http.response.status_code", status)
+    if request_id:
+        span.set_attribute("img2img.upstream.request_id", request_id)
+    if status >= HTTP_ERRORS:
+        fail(span, str(status))
+
+
+@contextmanager
+def _failing_span(
+    name: str,
+    kind: SpanKind,
+    attributes: Mapping[str, str | int],
+    *,
+    context: Context | None = None,
+    links: Sequence[Link] = (),
+) -> Iterator[Span]:
+    """A current span that fails by the code, or the class, of the error that ends it."""
+    with tracer.start_as_current_span(
+        name,
+        context=context,
+        kind=kind,
+        attributes=attributes,
+        links=links,
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as span:
+        try:
+            yield span
+        except BaseException as exc:
+            fail(span, exc.code if isinstance(exc, Img2ImgError) else type(exc).__name__)
+            raise
 
 
 def _messaging(queue: str, job_id: str, operation: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from gateway.rest.openapi import openapi_config
 from gateway.rest.operations import live, metrics, ready
 from gateway.service import JobService
 from gateway.tenants import Tenants
+from img2img import telemetry
 from img2img.errors import Img2ImgError, Unavailable
 from img2img.settings import Settings
 
@@ -43,7 +44,7 @@ def build_app(service: JobService, tenants: Tenants, settings: Settings, budgets
         openapi_config=openapi_config(importlib.metadata.version("img2img")),
         # The routes bound bodies themselves, while they arrive, with errors in their own dialect.
         request_max_body_size=None,
-        before_request=_name_span,
+        before_request=_name_call,
         logging_config=None,
     )
 
@@ -76,8 +77,10 @@ def _on_http_exception(request: AnyRequest, error: HTTPException) -> Response[by
     return problems.on_http_exception(request, error)
 
 
-def _name_span(request: AnyRequest) -> None:
-    """The server span is named by the route, not by the path with its ids."""
-    span, route = trace.get_current_span(), request.scope["path_template"]
-    span.update_name(f"{request.method} {ROUTE_TYPES.sub('', route)}")
-    span.set_attribute("http.route", ROUTE_TYPES.sub("", route))
+async def _name_call(request: AnyRequest) -> None:  # a coroutine: Litestar gives functions to a thread
+    """The server span is named by the route, not by the path with its ids; the job's is told apart."""
+    span, route = trace.get_current_span(), ROUTE_TYPES.sub("", request.scope["path_template"])
+    span.update_name(f"{request.method} {route}")
+    span.set_attribute("http.route", route)
+    if job_id := request.path_params.get("job_id"):
+        telemetry.name_job(job_id)

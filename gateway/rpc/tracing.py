@@ -34,7 +34,10 @@ SERVER_FAULTS: Final = frozenset(
 
 @contextmanager
 def server_span(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[None]:
-    """The span of one call to ``method`` (``/service/method``), child of the one that its metadata names."""
+    """The span of one call to ``method`` (``/service/method``), child of the one that its metadata names.
+
+    The trailing metadata of the answer tell of it, as ``traceresponse``.
+    """
     name = method.removeprefix("/")
     with telemetry.tracer.start_as_current_span(
         name,
@@ -44,6 +47,8 @@ def server_span(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Ite
         record_exception=False,
         set_status_on_exception=False,
     ) as span:
+        if (told := telemetry.trace_response()) is not None:
+            context.set_trailing_metadata((("traceresponse", told),))
         status = StatusCode.UNKNOWN
         try:
             yield
