@@ -175,8 +175,12 @@ class Sending:
 
 @contextmanager
 def send_span(queue: str, job_id: str, *, apart: bool = False) -> Iterator[Sending]:
-    """The producer's span; ``apart`` begins a trace of its own, linked to the call's, as each job of a batch has."""
-    call = trace.get_current_span().get_span_context()
+    """The producer's span; ``apart`` begins a trace of its own, linked to the call's, as each job of a batch has.
+
+    Where the call's trace is not kept, the job belongs to it all the same, and is not kept either.
+    """
+    call = trace.get_current_span()
+    apart = apart and call.is_recording()
     with (
         structlog.contextvars.bound_contextvars(job=job_id),
         _failing_span(
@@ -184,7 +188,7 @@ def send_span(queue: str, job_id: str, *, apart: bool = False) -> Iterator[Sendi
             SpanKind.PRODUCER,
             _messaging(queue, job_id, "send"),
             context=Context() if apart else None,
-            links=[Link(call)] if apart and call.is_valid else [],
+            links=[Link(call.get_span_context())] if apart else [],
         ) as span,
     ):
         yield Sending(span)
@@ -194,7 +198,7 @@ def send_span(queue: str, job_id: str, *, apart: bool = False) -> Iterator[Sendi
 def process_span(queue: str, spec: JobSpec, attempt: int, engine: str) -> Iterator[Span]:
     """An attempt's span: the first is a child of the producer and linked to it, later ones only linked.
 
-    What is logged meanwhile names the job and the attempt.
+    Where the producer's trace is not kept, no attempt's is. What is logged meanwhile names the job and the attempt.
     """
     parent = propagator.extract(spec.trace)
     origin = trace.get_current_span(parent).get_span_context()
@@ -210,7 +214,7 @@ def process_span(queue: str, spec: JobSpec, attempt: int, engine: str) -> Iterat
             f"process {queue}",
             SpanKind.CONSUMER,
             attributes,
-            context=parent if attempt == 1 else Context(),
+            context=Context() if attempt > 1 and origin.trace_flags.sampled else parent,
             links=[Link(origin)] if origin.is_valid else [],
         ) as span,
     ):
