@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
@@ -31,6 +32,8 @@ from img2img.queue_types import Submitted
 
 OTLP_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOL_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+LAST_SPANS_SECONDS: Final = 3.0
+"""How long the end of a process waits for its last spans to be taken."""
 HTTP_ERRORS: Final = 400
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -67,12 +70,18 @@ def tracing(service: str) -> Iterator[None]:
     ours = Resource.create({"service.name": service, "service.version": version})
     # Last, because what the environment says of this process is the operator's word.
     provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    exporter = OTLPSpanExporter()
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
     try:
         yield
     finally:
+        # The SDK tries for half a minute, longer than whoever asked this process to end may wait.
+        giving_up = threading.Timer(LAST_SPANS_SECONDS, exporter.shutdown)
+        giving_up.daemon = True
+        giving_up.start()
         provider.shutdown()
+        giving_up.cancel()
 
 
 def _variable(*names: str) -> str | None:
