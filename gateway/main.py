@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import os
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ import uvicorn
 import uvloop
 from litestar.types import ASGIApp
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+from opentelemetry.instrumentation.propagators import TraceResponsePropagator, set_global_response_propagator
 
 from gateway.budget import Budgets
 from gateway.drain import Drain
@@ -25,13 +27,15 @@ from gateway.scaling import Scaling
 from gateway.service import JobService
 from gateway.tenants import Tenants
 from gateway.upkeep import run_upkeep
-from img2img import telemetry
+from img2img import telemetry, tracing
 from img2img.errors import ConfigurationError, Img2ImgError
 from img2img.events import EventHub
 from img2img.settings import Settings
 from img2img.wiring import Parts, open_parts
 
 UNTRACED = "health/live,health/ready,metrics"
+CONVENTIONS_VARIABLE = "OTEL_SEMCONV_STABILITY_OPT_IN"
+"""Without it the middleware names attributes as before they were settled."""
 
 log = structlog.get_logger(__name__)
 
@@ -76,6 +80,9 @@ def bind_http(settings: Settings) -> socket.socket:
 
 
 def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
+    """A server whose calls are traced by the stable conventions, and whose answers say so in ``traceresponse``."""
+    os.environ.setdefault(CONVENTIONS_VARIABLE, "http")
+    set_global_response_propagator(TraceResponsePropagator())  # type: ignore[no-untyped-call]
     traced = OpenTelemetryMiddleware(
         measured(app),
         excluded_urls=UNTRACED,
@@ -152,7 +159,7 @@ def main() -> None:
     try:
         settings = Settings.from_environment()
         telemetry.configure_logging(settings.log_level, settings.log_format)
-        with telemetry.tracing("img2img-gateway"):
+        with tracing.tracing("img2img-gateway"):
             uvloop.run(serve(settings))
     except Img2ImgError as exc:
         sys.stderr.write(f"img2img gateway: {exc}\n")

@@ -17,7 +17,7 @@ import structlog
 from gateway.attendance import Attendance, end_of, waiting
 from gateway.routing import Routed, Router
 from gateway.tenants import Tenants
-from img2img import telemetry
+from img2img import telemetry, tracing
 from img2img.batches import BatchStore
 from img2img.blobs import BlobStore
 from img2img.errors import (
@@ -110,7 +110,9 @@ class JobService:
             ModelNotFound, Unsupported, ResidencyConflict: see :meth:`Router.candidates`.
         """
         with telemetry.counting_rejections():
-            return await self._submit(order, await self._check(order), waiter, job_id)
+            submitted = await self._submit(order, await self._check(order), waiter, job_id)
+        tracing.name_job(submitted.id)
+        return submitted
 
     async def generate(self, order: Order, *, timeout: float, grace: float) -> tuple[str, Outcome]:
         """Create a job and wait for its end; see :meth:`attend`."""
@@ -245,7 +247,7 @@ class JobService:
                 for order, request in zip(orders, checked, strict=True):
                     # Noted first: a submit that seems to fail may have been accepted all the same.
                     job_ids.append(self._queue.new_id())
-                    await self._submit(order, request, job_id=job_ids[-1])
+                    await self._submit(order, request, job_id=job_ids[-1], apart=True)
                 keep = self._settings.max_job_age + self._settings.job_retention
                 return await self._batches.put(account, job_ids, references, keep)
             except (Img2ImgError, asyncio.CancelledError):
@@ -290,15 +292,15 @@ class JobService:
         return Routed(checked, share, self._router.candidates(checked, share))
 
     async def _submit(
-        self, order: Order, routed: Routed, waiter: Waiter | None = None, job_id: str | None = None
+        self, order: Order, routed: Routed, waiter: Waiter | None = None, job_id: str | None = None, apart: bool = False
     ) -> Submitted:
         checked, share, pools = routed.checked, routed.share, routed.pools
         lifetime = self._lifetime(order, checked)
         job_id = job_id or self._queue.new_id()
-        with telemetry.send_span(pools[0].name, job_id) as trace:
+        with tracing.send_span(pools[0].name, job_id, apart=apart) as sending:
             inputs = await self._store_inputs(job_id, checked, lifetime)
             try:
-                spec = await self._spec(order, checked, job_id, inputs, trace)
+                spec = await self._spec(order, checked, job_id, inputs, sending.carrier)
             except BaseException:
                 await asyncio.shield(self._drop(inputs))
                 raise
@@ -309,19 +311,13 @@ class JobService:
                 # After any other error the job may be there all the same, and need its inputs.
                 await self._drop(inputs)
                 raise
-            if not submitted.created:
+            sending.accepted(submitted)
+            if submitted.created:
+                telemetry.JOBS_SUBMITTED.labels(order.front_end).inc()
+                prompt = {"prompt": checked.request.prompt} if self._settings.log_prompts else {}
+                log.info("job_created", account=order.account, front_end=order.front_end, pool=submitted.pool, **prompt)
+            else:
                 await self._drop(inputs)
-        if submitted.created:
-            telemetry.JOBS_SUBMITTED.labels(order.front_end).inc()
-            prompt = {"prompt": checked.request.prompt} if self._settings.log_prompts else {}
-            log.info(
-                "job_created",
-                job=submitted.id,
-                account=order.account,
-                front_end=order.front_end,
-                pool=submitted.pool,
-                **prompt,
-            )
         return submitted
 
     async def _spec(

@@ -1,5 +1,6 @@
 """A job as everybody sees it. State diagram: docs/job-states.md."""
 
+import re
 from enum import StrEnum
 from typing import Final, Literal
 
@@ -23,6 +24,8 @@ class JobState(StrEnum):
         return self in TERMINAL_STATES
 
 
+JOB_ID: Final = re.compile(r"\d+-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""What the id of a job looks like, ``<shard>-<uuid7>``."""
 OnLost = Literal["retry", "fail"]
 """What becomes of a job whose call of another service was sent and never answered, so that it may have been billed."""
 TERMINAL_STATES: Final = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED, JobState.EXPIRED})
@@ -54,6 +57,7 @@ class Stage(StrEnum):
     CHECK = "check"
     ENCODE = "encode"
     STORE = "store"
+    FINISH = "finish"
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -137,7 +141,7 @@ class PreviewPicture(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a job ended. ``timings`` are seconds per stage."""
+    """How a job ended. ``timings`` are seconds per stage, as far as its last attempt could tell: up to ``FINISH``."""
 
     state: JobState
     result: Result | None = None
@@ -177,6 +181,12 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     inputs: str | None = None
     trace: dict[str, str] = {}
 
+    @property
+    def trace_id(self) -> str | None:
+        """Of the trace in which the job was sent, 32 hexadecimal digits; None where nobody traced it."""
+        parent = self.trace.get("traceparent")
+        return None if parent is None else parent.split("-")[1]
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A job at one moment. Times in milliseconds since 1970; ``attempt`` counts from 1, 0 before the first.
@@ -212,6 +222,19 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_terminal(self) -> bool:
         return self.state.is_terminal
+
+    @property
+    def timings(self) -> dict[Stage, float]:
+        """Seconds per stage, which add up to its life; none before its end, or where no attempt ended it.
+
+        How long the outcome was on its way nobody knows who sends it, nor how long the claim was: that is what, by
+        the server's own clock, the other stages leave to ``FINISH``.
+        """
+        if self.outcome is None or not self.outcome.timings or self.finished_at is None:
+            return {}
+        told = self.outcome.timings
+        left = (self.finished_at - self.created_at) / 1000 - sum(told.values())
+        return {**told, Stage.FINISH: round(max(0.0, left), 6)}
 
     @property
     def executed_by(self) -> str | None:

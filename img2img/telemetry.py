@@ -1,15 +1,11 @@
-"""Every metric, span and log format of the service, declared in one place.
+"""Every metric and the log format of the service, declared in one place; spans are in ``tracing.py``.
 
 A process shows one registry, ``GATEWAY`` or ``WORKER``; none of their labels names a job or an account.
-
-Spans follow OpenTelemetry's semantic conventions for messaging: ``send <queue>`` where a job is accepted,
-``process <queue>`` where an attempt runs it, stages as its children. Prompts and pictures never get into spans
-or logs; ``IMG2IMG_LOG_PROMPTS`` puts the prompts into the gateway's log.
+Prompts and pictures never get into logs; ``IMG2IMG_LOG_PROMPTS`` puts the prompts into the gateway's log.
 """
 
 import asyncio
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,14 +13,8 @@ from contextlib import contextmanager
 from typing import Final
 
 import structlog
-from opentelemetry import propagate, trace
+from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Link, Span, SpanKind
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import (
     GC_COLLECTOR,
     PLATFORM_COLLECTOR,
@@ -39,9 +29,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from img2img.errors import Img2ImgError
-from img2img.jobs import JobSpec, Stage
 
-OTLP_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 GATEWAY: Final = CollectorRegistry()
 """What a gateway's ``/metrics`` shows."""
 WORKER: Final = CollectorRegistry()
@@ -145,10 +133,6 @@ for _registry in (GATEWAY, WORKER):
     for _collector in (LAG_SECONDS, PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
         _registry.register(_collector)
 
-tracer = trace.get_tracer("img2img")
-propagator: Final = TraceContextTextMapPropagator()
-"""Trace context and nothing else: what else callers send, such as ``baggage``, would be kept in every job."""
-
 
 def exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     """The registry's metrics now, and their media type, in the form that suits an ``Accept`` header.
@@ -184,29 +168,6 @@ async def measure_lag() -> None:
         asked = time.perf_counter() + LAG_PAUSE
         await asyncio.sleep(LAG_PAUSE)
         LAG_SECONDS.observe(max(0.0, time.perf_counter() - asked))
-
-
-@contextmanager
-def tracing(service: str) -> Iterator[None]:
-    """Export spans over OTLP while the process runs, where an endpoint is set (OTEL_* variables apply)."""
-    propagate.set_global_textmap(propagator)
-    if not any(os.environ.get(variable) for variable in OTLP_VARIABLES):
-        yield
-        return
-    provider = TracerProvider(resource=Resource.create({"service.name": service}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    trace.set_tracer_provider(provider)
-    try:
-        yield
-    finally:
-        provider.shutdown()
-
-
-def flush(seconds: float) -> None:
-    """Export the spans that have ended, for as long as that may take: before a process ends without further ado."""
-    provider = trace.get_tracer_provider()
-    if isinstance(provider, TracerProvider):
-        provider.force_flush(int(seconds * 1000))
 
 
 def configure_logging(level: str, form: str) -> None:
@@ -249,46 +210,5 @@ def _add_trace(_: object, __: str, event: structlog.typing.EventDict) -> structl
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
         event["trace_id"] = trace.format_trace_id(context.trace_id)
+        event["span_id"] = trace.format_span_id(context.span_id)
     return event
-
-
-@contextmanager
-def send_span(queue: str, job_id: str) -> Iterator[dict[str, str]]:
-    """The producer's span; yields the carrier that the job's record takes to its worker."""
-    attributes = _messaging(queue, job_id, "send")
-    with tracer.start_as_current_span(f"send {queue}", kind=SpanKind.PRODUCER, attributes=attributes):
-        carrier: dict[str, str] = {}
-        propagator.inject(carrier)
-        yield carrier
-
-
-@contextmanager
-def process_span(queue: str, spec: JobSpec, attempt: int) -> Iterator[Span]:
-    """An attempt's span: the first is a child of the producer and linked to it, later ones only linked."""
-    parent = propagator.extract(spec.trace)
-    origin = trace.get_current_span(parent).get_span_context()
-    links = [Link(origin)] if origin.is_valid else []
-    attributes: dict[str, str | int] = {**_messaging(queue, spec.id, "process"), "img2img.attempt": attempt}
-    with tracer.start_as_current_span(
-        f"process {queue}",
-        context=parent if attempt == 1 else Context(),
-        kind=SpanKind.CONSUMER,
-        links=links,
-        attributes=attributes,
-    ) as span:
-        yield span
-
-
-def start_stage(stage: Stage) -> Span:
-    """A stage's span, child of the current attempt; the caller ends it."""
-    return tracer.start_span(f"stage {stage.value}")
-
-
-def _messaging(queue: str, job_id: str, operation: str) -> dict[str, str]:
-    return {
-        "messaging.system": "arq",
-        "messaging.destination.name": queue,
-        "messaging.message.id": job_id,
-        "messaging.operation.name": operation,
-        "messaging.operation.type": operation,
-    }

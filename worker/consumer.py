@@ -13,14 +13,15 @@ from typing import Any, Final
 import msgspec
 import structlog
 from arq.worker import Worker, func
+from opentelemetry.trace import Span
 
-from img2img import telemetry
+from img2img import telemetry, tracing
 from img2img.errors import LeaseLost, Unavailable
-from img2img.jobs import Failure, Outcome, StopReason
+from img2img.jobs import Failure, JobState, Outcome, StopReason
 from img2img.queue import JobQueue
 from img2img.queue_types import Claim, WorkerInfo
 from img2img.settings import Settings
-from worker.attempt import Stop
+from worker.attempt import StageClock, Stop
 from worker.engines.base import Engine
 from worker.heart import RETRY_SECONDS, Heart
 from worker.payloads import ClaimedPayloads
@@ -58,6 +59,7 @@ class Consumer(Worker):
         # Held claims by fence: after a lost lease a job can be claimed again while its old attempt still stops.
         self._held: dict[int, Claim] = {}
         self._stops: dict[int, Stop] = {}
+        self._clocks: dict[int, StageClock] = {}
         # The attempt that arq runs, by arq's job id; a job's attempts run one after another.
         self._running: dict[str, Claim] = {}
         self._pool: Any = ClaimedPayloads(self._running)
@@ -184,7 +186,13 @@ class Consumer(Worker):
                     self._stops[fence].set(StopReason.LEASE_LOST)
             await asyncio.wait({before})
         self._running[arq_id] = claim
-        await self.run_job(arq_id, claim.created_at)
+        engine = f"{self._info.engine}/{self._info.model}"
+        with tracing.process_span(self._queue.name, claim.spec, claim.attempt, engine) as span:
+            clock = self._clocks[claim.fence] = StageClock((claim.claimed_at - claim.created_at) / 1000)
+            try:
+                await self.run_job(arq_id, claim.created_at)
+            finally:
+                _close(span, clock, self._decisions.get(claim.fence, NO_DECISION))
 
     def _forget(self, arq_id: str, claim: Claim, task: asyncio.Task[None]) -> None:
         if self.tasks.get(arq_id) is task:
@@ -193,6 +201,7 @@ class Consumer(Worker):
         del self._held[claim.fence], self._stops[claim.fence]
         self._tell_held()
         self._decisions.pop(claim.fence, None)
+        self._clocks.pop(claim.fence, None)
         self._slots_free.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             # What run_job raises is the queue server's failing; the lease runs out and the job is run again.
@@ -200,7 +209,8 @@ class Consumer(Worker):
 
     async def _generate(self, ctx: dict[str, Any], job_id: str) -> None:
         claim = self._running[ctx["job_id"]]
-        self._decisions[claim.fence] = await self._runner.run(claim, self._stops[claim.fence])
+        stop, clock = self._stops[claim.fence], self._clocks[claim.fence]
+        self._decisions[claim.fence] = await self._runner.run(claim, stop, clock)
 
     def _tell_held(self) -> None:
         self._heart.held = tuple(self._held.values())
@@ -221,6 +231,7 @@ class Consumer(Worker):
             except LeaseLost:
                 telemetry.CLAIMS_LOST.inc()
                 log.warning("result_discarded", job=claim.id, fence=claim.fence)
+                self._decisions[claim.fence] = Lost()
                 return
             except (Unavailable, TimeoutError) as exc:
                 log.warning("finish_retried", job=claim.id, error=str(exc))
@@ -282,3 +293,21 @@ class Consumer(Worker):
                 await self._queue.sign_off(self._info.id)
         except (Unavailable, TimeoutError) as exc:
             log.warning("sign_off_failed", error=str(exc))
+
+
+def _close(span: Span, clock: StageClock, decision: Decision) -> None:
+    """Have an attempt's span say how it ended, and where its time went."""
+    clock.close()
+    match decision:
+        case Outcome(state=state, error=error):
+            clock.observe()
+            span.set_attribute("img2img.outcome", state.value)
+            if error is not None and state == JobState.FAILED:
+                tracing.fail(span, error.code)
+        case Release(why=why, kind=kind):
+            span.set_attribute("img2img.outcome", "released")
+            span.set_attribute("img2img.released.code", why.code)
+            if kind == "failures":
+                tracing.fail(span, why.code)
+        case Lost():
+            span.set_attribute("img2img.outcome", "lost")

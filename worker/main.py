@@ -14,7 +14,7 @@ import structlog
 import uuid_utils
 import uvloop
 
-from img2img import telemetry
+from img2img import telemetry, tracing
 from img2img.errors import ConfigurationError, EngineFailed, Img2ImgError
 from img2img.jobs import OnLost
 from img2img.queue_types import WorkerInfo
@@ -156,7 +156,7 @@ def main() -> None:
         settings = settings_of_worker(Settings.from_environment())
         telemetry.configure_logging(settings.log_level, settings.log_format)
         with (
-            telemetry.tracing("img2img-worker"),
+            tracing.tracing("img2img-worker"),
             Watchdog(settings.stall_limit, settings.phase_limit) as watchdog,
             serving_probes(Probes(watchdog), settings.metrics_host, settings.metrics_port) as probes,
         ):

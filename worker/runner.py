@@ -13,9 +13,8 @@ from typing import Final, Literal
 
 import msgspec
 import structlog
-from opentelemetry.trace import StatusCode
 
-from img2img import telemetry
+from img2img import telemetry, tracing
 from img2img.blobs import BlobStore
 from img2img.errors import (
     AttemptTimeout,
@@ -37,7 +36,7 @@ from img2img.requests import Inputs
 from img2img.server import milliseconds
 from img2img.settings import Settings
 from img2img.sizes import resolve_size
-from worker.attempt import Attempt, Stop
+from worker.attempt import Attempt, StageClock, Stop
 from worker.engines.base import (
     Answered,
     Checkpoint,
@@ -48,6 +47,7 @@ from worker.engines.base import (
     Preview,
     Progress,
     Sent,
+    Shared,
     Task,
 )
 from worker.images import decode_inputs, encode_picture
@@ -103,26 +103,21 @@ class JobRunner:
             if state.is_terminal:  # from 0, so that the first one is an increase
                 telemetry.JOBS_COMPLETED.labels(state.value, engine.info.name)
 
-    async def run(self, claim: Claim, stop: Stop) -> Decision:
-        """Make the picture, or say why not; never raises for what can go wrong with a job."""
-        with (
-            telemetry.process_span(self._queue.name, claim.spec, claim.attempt) as span,
-            self._watchdog.job(claim.id) as watch,
-        ):
-            attempt = Attempt(claim, self._executed_by, watch, stop)
+    async def run(self, claim: Claim, stop: Stop, clock: StageClock) -> Decision:
+        """Make the picture, or say why not; never raises for what can go wrong with a job.
+
+        ``clock`` is left in the stage ``FINISH``: what is decided is still to be written.
+        """
+        with self._watchdog.job(claim.id) as watch:
+            attempt = Attempt(claim, self._executed_by, watch, stop, clock)
             try:
-                decision: Decision = await self._make_or_stop(attempt)
+                return await self._make_or_stop(attempt)
             except Img2ImgError as exc:
-                decision = self._decide(attempt, exc)
+                return self._decide(attempt, exc)
             except Exception:
                 log.exception("attempt_failed", job=claim.id)
                 failed = EngineFailed("The engine failed unexpectedly: see the worker's log")
-                decision = self._decide(attempt, failed)
-            if isinstance(decision, Outcome) and decision.error is not None:
-                span.set_attribute("error.type", decision.error.code)
-                if decision.state == JobState.FAILED:
-                    span.set_status(StatusCode.ERROR, decision.error.code)
-            return decision
+                return self._decide(attempt, failed)
 
     async def _make_or_stop(self, attempt: Attempt) -> Outcome:
         """Make the picture, unless told to stop or out of time first.
@@ -219,8 +214,8 @@ class JobRunner:
                             reports.preview(output)
                         case Checkpoint():
                             reports.checkpoint(output)
-                        case Notice():
-                            attempt.warnings.append(output.message)
+                        case Notice() | Shared():
+                            attempt.note(output)
                         case Sent():
                             attempt.calls += 1
                             await self._mark_sent(attempt, output.on_lost)
@@ -304,6 +299,7 @@ class JobRunner:
         )
 
     def _decide(self, attempt: Attempt, error: Img2ImgError) -> Decision:
+        attempt.clock.enter(Stage.FINISH)
         # What a library says may hold what no JSON can.
         failure = Failure(error.code, str(error).encode("utf-8", "replace").decode())
         match error:
@@ -314,7 +310,6 @@ class JobRunner:
             case JobExpired():
                 return attempt.outcome(JobState.EXPIRED, failure)
             case Interrupted():
-                attempt.clock.close()
                 return Release(failure, "interruptions")
             case InvalidRequest() | JobError(retryable=False):
                 return attempt.outcome(JobState.FAILED, failure)
@@ -322,10 +317,8 @@ class JobRunner:
                 # Sooner said than waited for.
                 return attempt.outcome(JobState.FAILED, failure)
             case UpstreamBusy() | SpendCapReached():
-                attempt.clock.close()
                 return Release(failure, "interruptions", delay=error.retry_after)
             case _:
-                attempt.clock.close()
                 return Release(failure, "failures", delay=self._retry_delay(attempt.claim.failures))
 
     def _is_vain(self, attempt: Attempt, seconds: float) -> bool:
@@ -352,7 +345,7 @@ class JobRunner:
 
     def _count(self, claim: Claim, outcome: Outcome) -> None:
         telemetry.JOBS_COMPLETED.labels(outcome.state.value, self._engine.info.name).inc()
-        seconds, sent = sum(outcome.timings.values()), telemetry.propagator.extract(claim.spec.trace)
+        seconds, sent = sum(outcome.timings.values()), tracing.propagator.extract(claim.spec.trace)
         telemetry.observe(telemetry.JOB_SECONDS.labels(outcome.state.value), seconds, sent)
 
 

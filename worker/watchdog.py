@@ -17,7 +17,7 @@ from typing import Final, NoReturn, Self
 import msgspec
 import structlog
 
-from img2img import telemetry
+from img2img import tracing
 from img2img.jobs import Stage
 from worker.engines.base import Progress
 
@@ -245,4 +245,4 @@ class Watchdog:
 def _last_words(hung: list[Hung]) -> None:
     log.error("watchdog_tripped", hung=[msgspec.structs.asdict(one) for one in hung])
     faulthandler.dump_traceback(all_threads=True)
-    telemetry.flush(LAST_WORDS_SECONDS)
+    tracing.flush(LAST_WORDS_SECONDS)

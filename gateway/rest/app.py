@@ -23,6 +23,7 @@ from gateway.rest.scaling import scaling as scaling_route
 from gateway.scaling import Scaling
 from gateway.service import JobService
 from gateway.tenants import Tenants
+from img2img import tracing
 from img2img.errors import Img2ImgError, Unavailable
 from img2img.settings import Settings
 
@@ -46,7 +47,7 @@ def build_app(
         openapi_config=openapi_config(importlib.metadata.version("img2img")),
         # The routes bound bodies themselves, while they arrive, with errors in their own dialect.
         request_max_body_size=None,
-        before_request=_name_span,
+        before_request=_name_call,
         logging_config=None,
     )
 
@@ -79,8 +80,10 @@ def _on_http_exception(request: AnyRequest, error: HTTPException) -> Response[by
     return problems.on_http_exception(request, error)
 
 
-def _name_span(request: AnyRequest) -> None:
-    """The server span is named by the route, not by the path with its ids."""
+async def _name_call(request: AnyRequest) -> None:  # a coroutine: Litestar gives functions to a thread
+    """The server span is named by the route, not by the path with its ids; the job's is told apart."""
     span, route = trace.get_current_span(), route_of(request.scope)
     span.update_name(f"{request.method} {route}")
     span.set_attribute("http.route", route)
+    if job_id := request.path_params.get("job_id"):
+        tracing.name_job(job_id)

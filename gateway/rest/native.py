@@ -1,6 +1,5 @@
 """The native jobs API under ``/v1``."""
 
-import re
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -21,7 +20,7 @@ from gateway.rest.problems import on_img2img_error, on_unexpected
 from gateway.rest.views import JobList, JobView, event_view, job_view
 from gateway.service import Order, Picture
 from img2img.errors import Img2ImgError, InvalidRequest, JobNotFound, Unavailable
-from img2img.jobs import JobState
+from img2img.jobs import JOB_ID, JobState
 from img2img.queue_types import ServiceStats
 
 MAX_PAGE: Final = 100
@@ -31,7 +30,6 @@ MAX_EVENT: Final = 2**63 - 1
 """The server's streams count no further; asking beyond it would be an error of its own."""
 EVENT_DIGITS: Final = 19
 log = structlog.get_logger(__name__)
-_CURSOR: Final = re.compile(r"\d+-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 Wait = Annotated[float, QueryParameter(ge=0, description="Wait up to this many seconds for the job to end.")]
 JobId = Annotated[str, PathParameter(description="The job's id.")]
@@ -94,7 +92,7 @@ class JobsController(Controller):
     ) -> JobList:
         """List the account's jobs, newest first."""
         account = front.authenticate(request)
-        if cursor is not None and _CURSOR.fullmatch(cursor) is None:
+        if cursor is not None and JOB_ID.fullmatch(cursor) is None:
             raise InvalidRequest("cursor", "'cursor' must be the 'next' of an earlier page")
         page = await front.service.list_jobs(account, state=only, cursor=cursor, limit=limit)
         return JobList([job_view(job) for job in page.jobs], page.next)

@@ -64,12 +64,13 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
 
     ``failures``, ``crashes`` (of its workers) and ``interruptions`` count attempts without a result since the job was
     submitted or replayed; ``history`` tells of the latest ones. ``eta`` is null where nothing was measured yet.
-    ``pool`` is where the job waits, runs or ended.
+    ``pool`` is where the job waits, runs or ended; ``trace_id`` names the trace in which it was sent, if there is one.
     """
 
     id: str
     state: JobState
     attempt: int
+    trace_id: str | None
     parameters: Parameters
     options: JobOptions
     seed: int
@@ -135,6 +136,7 @@ def job_view(job: Job) -> JobView:
         id=job.id,
         state=job.state,
         attempt=job.attempt,
+        trace_id=spec.trace_id,
         parameters=spec.parameters,
         options=spec.options,
         seed=spec.seed,
@@ -150,7 +152,7 @@ def job_view(job: Job) -> JobView:
         step=running.step if running and job.state == JobState.RUNNING else None,
         steps=running.steps if running and job.state == JobState.RUNNING else None,
         executed_by=job.executed_by,
-        timings={} if outcome is None else outcome.timings,
+        timings=job.timings,
         failures=job.failures,
         crashes=job.crashes,
         interruptions=job.interruptions,

@@ -87,7 +87,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.
         AbortError: always; let it pass.
     """
     answer = rpc_status.to_status(status)
-    await context.abort(answer.code, answer.details, answer.trailing_metadata)
+    await context.abort(answer.code, answer.details, (*context.trailing_metadata(), *answer.trailing_metadata))
 
 
 def _details(error: Img2ImgError, metadata: dict[str, str]) -> Iterator[Message]:

@@ -14,6 +14,7 @@ from gateway.budget import Budgets, Reservation
 from gateway.rpc.errors import abort, to_status
 from gateway.rpc.tracing import server_span
 from gateway.tenants import Tenants
+from img2img import tracing
 from img2img.errors import Img2ImgError, MalformedBody
 
 SERVICE: Final = "img2img.v1.Img2ImgService"
@@ -82,6 +83,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 share.set(held)
                 request = [_decode(handler, raw)]
                 del raw
+                if job_id := getattr(request[0], "id", ""):
+                    tracing.name_job(job_id)
                 return await behavior(request.pop(), context)
         except grpc.aio.AbortError:
             raise

@@ -59,6 +59,8 @@ def job_message(job: Job) -> pb.Job:
         interruptions=job.interruptions,
         replays=job.replays,
         pool=job.pool,
+        trace_id=spec.trace_id,
+        timings={stage.value: seconds for stage, seconds in job.timings.items()},
         history=map(_past_attempt, job.history),
         warnings=spec.warnings,
     )
@@ -69,7 +71,6 @@ def job_message(job: Job) -> pb.Job:
         if job.state == JobState.RUNNING:
             message.step, message.steps = job.running.step, job.running.steps
     if outcome is not None:
-        message.timings.update({stage.value: seconds for stage, seconds in outcome.timings.items()})
         message.warnings[:] = outcome.warnings or spec.warnings
         if outcome.error is not None:
             message.error.CopyFrom(_error(outcome.error))

@@ -1,7 +1,6 @@
 """The eight methods of ``Img2ImgService``: each maps its message to a call of the job service."""
 
 import asyncio
-import re
 import time
 from contextlib import aclosing
 from datetime import datetime
@@ -24,7 +23,7 @@ from gateway.rpc.messages import (
 from gateway.rpc.tracing import is_past_deadline
 from gateway.service import JobService, Order
 from img2img.errors import InvalidRequest, Unavailable, error_of
-from img2img.jobs import Failure, JobState, Outcome
+from img2img.jobs import JOB_ID, Failure, JobState, Outcome
 from img2img.settings import Settings
 from img2img.v1 import img2img_pb2 as pb
 from img2img.v1.img2img_pb2_grpc import Img2ImgServiceServicer
@@ -38,7 +37,6 @@ END_MARGIN: Final = 5.0
 DEFAULT_PAGE: Final = 20
 MAX_PAGE: Final = 100
 MAX_KEY_LENGTH: Final = 255
-_PAGE_TOKEN: Final = re.compile(r"\d+-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -79,7 +77,7 @@ class Img2ImgServicer(Img2ImgServiceServicer):
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:  # noqa: N802
         if not 0 <= request.page_size <= MAX_PAGE:
             raise InvalidRequest("page_size", f"'/page_size' must be between 1 and {MAX_PAGE}")
-        if request.page_token and not _PAGE_TOKEN.fullmatch(request.page_token):
+        if request.page_token and not JOB_ID.fullmatch(request.page_token):
             raise InvalidRequest("page_token", "'/page_token' must be the next_page_token of an earlier answer")
         page = await self._service.list_jobs(
             caller.get(),

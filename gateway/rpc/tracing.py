@@ -17,7 +17,7 @@ from grpc import StatusCode
 from opentelemetry.trace import SpanKind
 from opentelemetry.trace import StatusCode as SpanStatus
 
-from img2img import telemetry
+from img2img import telemetry, tracing
 
 DEADLINE_SLACK: Final = 0.05
 """gRPC's timers may end a call this many seconds before its deadline."""
@@ -35,16 +35,21 @@ SERVER_FAULTS: Final = frozenset(
 
 @contextmanager
 def server_span(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[None]:
-    """The span of one call to ``method`` (``/service/method``), child of the one that its metadata names."""
+    """The span of one call to ``method`` (``/service/method``), child of the one that its metadata names.
+
+    The trailing metadata of the answer tell of it, as ``traceresponse``.
+    """
     name = method.removeprefix("/")
-    with telemetry.tracer.start_as_current_span(
+    with tracing.tracer.start_as_current_span(
         name,
-        context=telemetry.propagator.extract(_carrier(context)),
+        context=tracing.propagator.extract(_carrier(context)),
         kind=SpanKind.SERVER,
         attributes={"rpc.system.name": "grpc", "rpc.method": name, **_peer(context.peer())},
         record_exception=False,
         set_status_on_exception=False,
     ) as span:
+        if (told := tracing.trace_response()) is not None:
+            context.set_trailing_metadata((("traceresponse", told),))
         status, began = StatusCode.UNKNOWN, time.perf_counter()
         try:
             yield

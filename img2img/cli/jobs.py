@@ -158,6 +158,7 @@ def _print_job(job: "JobInfo", as_json: bool) -> None:
         "attempt": job.attempt,
         "replays": job.replays or "",
         "pool": job.pool,
+        "trace": job.trace_id or "",
         "executed by": job.executed_by,
         "timings": ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in job.timings.items()),
         "receipt": _receipt(job.result.receipt) if job.result and job.result.receipt else "",

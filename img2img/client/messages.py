@@ -104,7 +104,7 @@ def job_info(job: pb.Job) -> JobInfo:
         warnings=tuple(job.warnings),
         error=_failure(job.error) if job.HasField("error") else None,
         result=_result(job.result) if job.HasField("result") else None,
-        **_present(job, "queue_position", "step", "steps", "width", "height"),
+        **_present(job, "queue_position", "step", "steps", "width", "height", "trace_id"),
     )
 
 

@@ -101,7 +101,7 @@ class JobInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     ``failures``, ``crashes`` (of its workers) and ``interruptions`` count attempts without a result since the job was
     submitted or replayed; ``history`` tells of the latest ones. ``eta`` is None where nothing was measured yet.
-    ``pool`` is where the job waits, runs or ended.
+    ``pool`` is where the job waits, runs or ended; ``trace_id`` names the trace in which it was sent, if there is one.
     """
 
     id: str
@@ -120,6 +120,7 @@ class JobInfo(msgspec.Struct, frozen=True, kw_only=True):
     steps: int | None = None
     executed_by: str = ""
     pool: str = ""
+    trace_id: str | None = None
     width: int | None = None
     height: int | None = None
     timings: dict[str, float] = {}

@@ -236,7 +236,7 @@ class PastAttempt(_message.Message):
     def __init__(self, attempt: _Optional[int] = ..., worker: _Optional[str] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "state", "attempt", "parameters", "options", "seed", "create_time", "expire_time", "start_time", "finish_time", "queue_position", "step", "steps", "executed_by", "width", "height", "timings", "warnings", "error", "result", "eta", "failures", "crashes", "interruptions", "replays", "history", "pool")
+    __slots__ = ("id", "state", "attempt", "parameters", "options", "seed", "create_time", "expire_time", "start_time", "finish_time", "queue_position", "step", "steps", "executed_by", "width", "height", "timings", "warnings", "error", "result", "eta", "failures", "crashes", "interruptions", "replays", "history", "pool", "trace_id")
     class TimingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +271,7 @@ class Job(_message.Message):
     REPLAYS_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
+    TRACE_ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: JobState
     attempt: int
@@ -298,7 +299,8 @@ class Job(_message.Message):
     replays: int
     history: _containers.RepeatedCompositeFieldContainer[PastAttempt]
     pool: str
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., options: _Optional[_Union[JobOptions, _Mapping]] = ..., seed: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queue_position: _Optional[int] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., executed_by: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., timings: _Optional[_Mapping[str, float]] = ..., warnings: _Optional[_Iterable[str]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., eta: _Optional[_Union[Eta, _Mapping]] = ..., failures: _Optional[int] = ..., crashes: _Optional[int] = ..., interruptions: _Optional[int] = ..., replays: _Optional[int] = ..., history: _Optional[_Iterable[_Union[PastAttempt, _Mapping]]] = ..., pool: _Optional[str] = ...) -> None: ...
+    trace_id: str
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., attempt: _Optional[int] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., options: _Optional[_Union[JobOptions, _Mapping]] = ..., seed: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queue_position: _Optional[int] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., executed_by: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., timings: _Optional[_Mapping[str, float]] = ..., warnings: _Optional[_Iterable[str]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., eta: _Optional[_Union[Eta, _Mapping]] = ..., failures: _Optional[int] = ..., crashes: _Optional[int] = ..., interruptions: _Optional[int] = ..., replays: _Optional[int] = ..., history: _Optional[_Iterable[_Union[PastAttempt, _Mapping]]] = ..., pool: _Optional[str] = ..., trace_id: _Optional[str] = ...) -> None: ...
 
 class CreateJobRequest(_message.Message):
     __slots__ = ("request", "options", "idempotency_key")

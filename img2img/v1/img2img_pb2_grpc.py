@@ -28,7 +28,8 @@ if _version_not_supported:
 class Img2ImgServiceStub(object):
     """Image-to-image jobs. Metadata `authorization: Bearer <key>` authenticates every call of this service.
     Errors carry google.rpc.ErrorInfo (reason: the stable error code, domain "img2img"), and BadRequest, RetryInfo or
-    QuotaFailure where they apply.
+    QuotaFailure where they apply. Metadata `traceparent` and `tracestate` (W3C) are taken up; where calls are traced, the
+    trailing metadata `traceresponse` name the span of the call.
     """
 
     def __init__(self, channel):
@@ -82,7 +83,8 @@ class Img2ImgServiceStub(object):
 class Img2ImgServiceServicer(object):
     """Image-to-image jobs. Metadata `authorization: Bearer <key>` authenticates every call of this service.
     Errors carry google.rpc.ErrorInfo (reason: the stable error code, domain "img2img"), and BadRequest, RetryInfo or
-    QuotaFailure where they apply.
+    QuotaFailure where they apply. Metadata `traceparent` and `tracestate` (W3C) are taken up; where calls are traced, the
+    trailing metadata `traceresponse` name the span of the call.
     """
 
     def Generate(self, request, context):
@@ -196,7 +198,8 @@ def add_Img2ImgServiceServicer_to_server(servicer, server):
 class Img2ImgService(object):
     """Image-to-image jobs. Metadata `authorization: Bearer <key>` authenticates every call of this service.
     Errors carry google.rpc.ErrorInfo (reason: the stable error code, domain "img2img"), and BadRequest, RetryInfo or
-    QuotaFailure where they apply.
+    QuotaFailure where they apply. Metadata `traceparent` and `tracestate` (W3C) are taken up; where calls are traced, the
+    trailing metadata `traceresponse` name the span of the call.
     """
 
     @staticmethod

@@ -12,12 +12,14 @@ from engine_helpers import EVERY_STEP, LIMITS, Ordered, distance, furthest, lane
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from structlog.contextvars import bound_contextvars, merge_contextvars
+from structlog.testing import capture_logs
 
 from img2img.errors import EngineFailed
 from img2img.jobs import Stage
 from img2img.requests import Sampler
 from worker.engines import base
-from worker.engines.base import Checkpoint, Pictures, Preview, Progress, Task
+from worker.engines.base import Checkpoint, Pictures, Preview, Progress, Shared, Task
 from worker.engines.diffusion.batcher import Limits
 from worker.engines.diffusion.lane import Intervals, Lane
 from worker.engines.diffusion.model import DiffusionModel, open_model
@@ -326,6 +328,31 @@ def test_an_error_in_a_pass_fails_the_task_that_causes_it_alone(
 
     assert isinstance(culprit.error, EngineFailed)
     assert isinstance(sound.image, base.Image)
+
+
+def test_what_is_logged_of_a_task_names_its_job(tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane's thread belongs to no job: each task brings what its own job's lines say."""
+
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("this model takes nothing")
+
+    monkeypatch.setattr(DiffusionModel, "predict_noise", fail)
+    lane, ordered = lane_of(tiny), []
+    for job in ("0-one", "0-other"):
+        with bound_contextvars(job=job):
+            ordered.append(submit(lane, task_of(**SMALL)))
+    with capture_logs([merge_contextvars]) as lines:
+        work_until_ended(lane, *ordered)
+    assert [line["job"] for line in lines if line["event"] == "model_failed"] == ["0-one", "0-other"]
+
+
+def test_a_task_tells_how_it_shared_its_passes(tiny: DiffusionModel) -> None:
+    """How many there were, and of how many rows on average: a guided task has two."""
+    lane = lane_of(tiny)
+    longer, shorter = (submit(lane, task_of(**SMALL, num_steps=steps, strength=1.0)) for steps in (6, 3))
+    work_until_ended(lane, longer, shorter)
+    assert [output for output in shorter.outputs if isinstance(output, Shared)] == [Shared(3, 4.0)]
+    assert [output for output in longer.outputs if isinstance(output, Shared)] == [Shared(6, 3.0)]
 
 
 def test_out_of_memory_makes_passes_smaller_and_fails_nobody(

@@ -22,6 +22,7 @@ from tests.queue.calls import claim_one, submit
 from tests.upstream.api import Api
 from tests.upstream.calls import Call
 from tests.upstream.running import running_upstream
+from worker.attempt import StageClock
 from worker.main import choose_engine
 from worker.runner import Decision, JobRunner, Release, Stop
 
@@ -162,7 +163,7 @@ async def run_row(parts: Parts, api: Api, claim: Claim, settings: Settings, acco
     engine = choose_engine(settings)
     async with engine:
         runner = JobRunner(parts.queue, parts.blobs, engine, settings, "w1")
-        decision = await runner.run(claim, Stop())
+        decision = await runner.run(claim, Stop(), StageClock(0.0))
     state, code = await write(parts, claim, decision)
     result = (await parts.queue.get(claim.id)).outcome
     receipt = result.result.receipt if result is not None and result.result is not None else None

@@ -11,6 +11,7 @@ from img2img.jobs import JobState, OnLost, Outcome, StopReason
 from img2img.settings import Settings
 from img2img.wiring import Parts, open_parts
 from tests.queue.calls import claim_one, submit
+from worker.attempt import StageClock
 from worker.engines.base import Answered, Checkpoint, Output, Pictures, Sent, Task
 from worker.engines.fake import FakeEngine
 from worker.runner import JobRunner, Lost, Stop
@@ -76,7 +77,7 @@ async def task_of(parts: Parts, **submission: Any) -> Task:
     await submit(parts.queue, **submission)
     engine = Recording()
     runner = JobRunner(parts.queue, parts.blobs, engine, parts.settings, "w1")
-    decision = await runner.run(await claim_one(parts.queue), Stop())
+    decision = await runner.run(await claim_one(parts.queue), Stop(), StageClock(0.0))
     assert isinstance(decision, Outcome)
     assert decision.state == JobState.SUCCEEDED
     return engine.tasks[0]
@@ -102,7 +103,8 @@ async def test_its_turn_only_when_its_call_is_on_record(parts: Parts, on_lost: O
     """And off it, when it says that there is an answer."""
     await submit(parts.queue)
     engine = Calling(parts, on_lost)
-    await JobRunner(parts.queue, parts.blobs, engine, parts.settings, "w1").run(await claim_one(parts.queue), Stop())
+    runner = JobRunner(parts.queue, parts.blobs, engine, parts.settings, "w1")
+    await runner.run(await claim_one(parts.queue), Stop(), StageClock(0.0))
     assert engine.seen == [on_lost.encode(), None, on_lost.encode()]
 
 
@@ -116,7 +118,8 @@ async def test_no_turn_for_a_call_of_a_job_that_is_to_stop(parts: Parts, why: St
     else:
         await parts.queue.redis.hset(f"{parts.queue.prefix}job:{job_id}", "fence", "1")
     engine = Calling(parts, "retry")
-    decision = await JobRunner(parts.queue, parts.blobs, engine, parts.settings, "w1").run(claim, Stop())
+    runner = JobRunner(parts.queue, parts.blobs, engine, parts.settings, "w1")
+    decision = await runner.run(claim, Stop(), StageClock(0.0))
     assert engine.seen == []
     if why is StopReason.USER:
         assert isinstance(decision, Outcome)

@@ -75,6 +75,13 @@ class Progress(msgspec.Struct, frozen=True):
     steps: int = 0
 
 
+class Shared(msgspec.Struct, frozen=True):
+    """The steps are done, in so many ``passes`` through the network of ``rows``, its own and others', on average."""
+
+    passes: int
+    rows: float
+
+
 class Notice(msgspec.Struct, frozen=True):
     """Something the user should know about the result, such as a prompt that was cut."""
 
@@ -121,7 +128,7 @@ class Image(msgspec.Struct, frozen=True):
     upstream: UpstreamCall | None = None
 
 
-Output = Progress | Notice | Preview | Checkpoint | Sent | Answered | Image
+Output = Progress | Shared | Notice | Preview | Checkpoint | Sent | Answered | Image
 
 
 class Engine(Protocol):
@@ -155,7 +162,7 @@ class Engine(Protocol):
         resume: Checkpoint | None = None,
         interrupt: asyncio.Event | None = None,
     ) -> AsyncIterator[Output]:
-        """Yield ``Progress`` as work goes on, ``Notice`` where there is one, and last an ``Image``.
+        """Yield ``Progress`` as work goes on, ``Notice`` or ``Shared`` where there is one, and last an ``Image``.
 
         In between come ``Preview``, if the task asks for them, and a ``Checkpoint`` every few seconds of work. Given
         back as ``resume``, the latter makes the work go on after its step; one that does not fit the task or the model

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
+from img2img import tracing
 from img2img.schema import MODEL
 from img2img.settings import LOOPBACK
 from worker.engines.cloudflare.accounts import Account
@@ -59,6 +60,7 @@ class Exchange:
     """
 
     def __init__(self, base_url: str, calls: int) -> None:
+        self._base_url = base_url.rstrip("/")
         self._client = httpx.AsyncClient(
             base_url=base_url,
             limits=httpx.Limits(max_connections=calls, max_keepalive_connections=calls, keepalive_expiry=IDLE_SECONDS),
@@ -80,6 +82,8 @@ class Exchange:
     async def call(self, account: Account, body: bytes, seconds: float) -> Answer:
         """Send ``body`` and wait for the whole answer, at most ``seconds``. Cancelling closes the connection.
 
+        The call has a span of its own, which the upstream is told of.
+
         Raises:
             NeverSent, NoAnswer: which of the two decides whether a repetition may be billed twice.
         """
@@ -89,14 +93,17 @@ class Exchange:
         # Half of a short time: who ran out of it while connecting has sent nothing, and that should show.
         timeout = httpx.Timeout(limit, connect=min(limit / 2, CONNECT_SECONDS))
         path = f"/accounts/{account.id}/ai/run/{MODEL}"
-        headers = {"authorization": account.authorization}
         try:
             # httpx's own limits are for one read each.
-            async with (
-                asyncio.timeout(limit),
-                self._client.stream("POST", path, content=body, headers=headers, timeout=timeout) as response,
-            ):
-                return Answer(response.status_code, dict(response.headers), await _read(response))
+            with tracing.call_span(f"{self._base_url}{path}") as (span, headers):
+                headers["authorization"] = account.authorization
+                async with (
+                    asyncio.timeout(limit),
+                    self._client.stream("POST", path, content=body, headers=headers, timeout=timeout) as response,
+                ):
+                    answer = Answer(response.status_code, dict(response.headers), await _read(response))
+                tracing.answered(span, answer.status, answer.request_id)
+                return answer
         except UNSENT as exc:
             raise NeverSent(_words(exc)) from exc
         except (httpx.HTTPError, TimeoutError) as exc:

@@ -54,6 +54,11 @@ class Pass(NamedTuple):
     entries: tuple[Entry, ...]
     rows: int | None
 
+    @property
+    def filled(self) -> int:
+        """The rows of those who take part."""
+        return sum(entry.rows for entry in self.entries)
+
 
 class Turn(NamedTuple):
     """What takes turns: a size, with reproducible jobs apart."""
@@ -125,8 +130,7 @@ class Batcher:
         """Memory did not suffice: allow half of its rows from now on; False when their number cannot be less."""
         if failed.entries[0].reproducible or len(failed.entries) == 1:
             return False
-        rows = sum(entry.rows for entry in failed.entries)
-        self._caps[failed.size] = max(rows // 2, GUIDED_ROWS)
+        self._caps[failed.size] = max(failed.filled // 2, GUIDED_ROWS)
         return True
 
     def _pressed(self, now: float) -> Turn | None:

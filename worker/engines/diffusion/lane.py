@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,7 +24,7 @@ import torch
 from img2img import telemetry
 from img2img.errors import EngineFailed, Img2ImgError
 from img2img.jobs import Stage
-from worker.engines.base import Checkpoint, Output, Pictures, Preview, Progress, Task
+from worker.engines.base import Checkpoint, Output, Pictures, Preview, Progress, Shared, Task
 from worker.engines.diffusion.batcher import Batcher, Entry, Limits, Pass
 from worker.engines.diffusion.checkpoints import save
 from worker.engines.diffusion.model import DiffusionModel
@@ -58,6 +59,8 @@ class Order:
     tell: Callable[[Output], None]
     ended: Callable[[Exception | None], None]
     stopped: threading.Event = field(default_factory=threading.Event)
+    context: Context = field(default_factory=copy_context)
+    """The job's: what the lane's thread logs of a task names its job and its trace."""
 
     @property
     def is_interrupted(self) -> bool:
@@ -74,6 +77,9 @@ class _Work:
     entry: Entry | None = None
     checkpointed: float = field(default_factory=time.monotonic)
     previewed: float = 0.0
+    passes: int = 0
+    rows: int = 0
+    """Of all of those passes, this order's own among them."""
 
 
 class Lane:
@@ -167,7 +173,7 @@ class Lane:
     def _serve(self, work: _Work) -> None:
         """Go on with one task up to its next output."""
         try:
-            output = next(work.painting, None)
+            output = work.order.context.run(next, work.painting, None)
         except Exception as exc:
             self._end(work, exc)
             return
@@ -194,6 +200,8 @@ class Lane:
         if work.sampling.is_done:
             if self._sampling.pop(work.entry, None) is not None:
                 self._batcher.remove(work.entry)
+            if work.passes:
+                work.order.tell(Shared(work.passes, work.rows / work.passes))
             # Somebody waits for this one: before others begin.
             self._alone.appendleft(work)
         elif work.entry not in self._sampling:
@@ -215,6 +223,8 @@ class Lane:
             if error is not None:
                 self._end(work, error)
             else:
+                work.passes += 1
+                work.rows += batch.filled
                 self._report(work, now)
                 self._go_on(work)
 
@@ -225,9 +235,8 @@ class Lane:
         device = str(self.model.device)
         telemetry.ENGINE_BUSY_SECONDS.labels(device).inc(seconds)
         telemetry.ENGINE_PASSES.labels(device).inc()
-        rows = sum(entry.rows for entry in batch.entries)
-        telemetry.ENGINE_ROWS.labels(device).inc(rows)
-        telemetry.BATCH_ROWS.labels(device).observe(rows)
+        telemetry.ENGINE_ROWS.labels(device).inc(batch.filled)
+        telemetry.BATCH_ROWS.labels(device).observe(batch.filled)
         if now - self._signed < SIGN_SECONDS:
             return
         self._signed = now
@@ -256,10 +265,13 @@ class Lane:
 
     def _fail(self, work: _Work, error: Exception) -> None:
         try:
-            with translated_errors(work.order.task, self.model.device):
-                raise error
+            work.order.context.run(self._translate, work, error)
         except Img2ImgError as exc:
             self._end(work, exc)
+
+    def _translate(self, work: _Work, error: Exception) -> None:
+        with translated_errors(work.order.task, self.model.device):
+            raise error
 
     def _report(self, work: _Work, now: float) -> None:
         sampling, order = work.sampling, work.order
