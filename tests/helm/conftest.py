@@ -1,5 +1,7 @@
 """Every case of helm/img2img/ci, rendered once by each Helm."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.helm.rendering import CASES, HELMS, Rendered, render_case
@@ -8,7 +10,9 @@ from tests.helm.rendering import CASES, HELMS, Rendered, render_case
 @pytest.fixture(scope="session")
 def releases() -> dict[tuple[str, str], Rendered]:
     """By Helm and case."""
-    return {(program, case): render_case(program, case) for program in HELMS for case in CASES}
+    wanted = [(program, case) for program in HELMS for case in CASES]
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(wanted, threads.map(lambda which: render_case(*which), wanted), strict=True))
 
 
 @pytest.fixture(params=CASES)

@@ -7,8 +7,18 @@
 {{- end }}
 {{- end -}}
 
+{{/* Takes where and env: variables of the user's that would get round the values. */}}
+{{- define "img2img.checkEnv" -}}
+{{- range .env }}
+{{- if hasPrefix "IMG2IMG_" .name }}
+{{- fail (printf "%s.extraEnv: %s is a setting of the service: put it into settings, or into the value that it belongs to" $.where .name) }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{- define "img2img.checkGateway" -}}
 {{- $gateway := .Values.gateway }}
+{{- include "img2img.checkEnv" (dict "where" "gateway" "env" $gateway.extraEnv) }}
 {{- $least := include "img2img.gatewayGrace" . | int }}
 {{- with $gateway.terminationGracePeriodSeconds }}
 {{- if lt (int .) $least }}
@@ -45,6 +55,7 @@
 {{- end }}
 {{- $_ := set $seen .name true }}
 {{- $given := dict "root" $root "pool" . "where" $where }}
+{{- include "img2img.checkEnv" (dict "where" $where "env" .extraEnv) }}
 {{- include "img2img.checkModel" $given }}
 {{- include "img2img.checkMoney" $given }}
 {{- include "img2img.checkScaling" $given }}
