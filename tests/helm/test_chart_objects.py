@@ -212,7 +212,7 @@ def test_keda_polls_with_an_operators_key(releases: Releases) -> None:
 
 
 def test_the_hpa_goes_by_demand_or_by_cpu(releases: Releases) -> None:
-    """The demand with the target that gateways reckon it with; a pool shrinks late, by one worker a minute."""
+    """The demand, with the target that gateways reckon it with; up at once, down late and by one worker a minute."""
     rendered = releases["helm4", "cpu-hpa"]
     large = rendered.named("HorizontalPodAutoscaler", f"{PICTURES}-worker-large")["spec"]
     [metric] = large["metrics"]
@@ -220,7 +220,9 @@ def test_the_hpa_goes_by_demand_or_by_cpu(releases: Releases) -> None:
     assert metric["external"]["target"] == {"type": "AverageValue", "averageValue": "120"}
     gateway = rendered.named("Deployment", f"{PICTURES}-gateway")["spec"]["template"]["spec"]["containers"][0]
     assert environment(gateway)["IMG2IMG_SCALER_TARGET_SECONDS"] == "120"
-    down = large["behavior"]["scaleDown"]
+    up, down = large["behavior"]["scaleUp"], large["behavior"]["scaleDown"]
+    assert up["stabilizationWindowSeconds"] == 0
+    assert up["policies"] == [{"type": "Percent", "value": 900, "periodSeconds": 15}]
     assert down["stabilizationWindowSeconds"] == 300
     assert down["policies"] == [{"type": "Pods", "value": 1, "periodSeconds": 60}]
     small = rendered.named("HorizontalPodAutoscaler", f"{PICTURES}-worker-small")["spec"]

@@ -77,10 +77,8 @@ annotations:
 {{- define "img2img.behavior" -}}
 scaleUp:
   stabilizationWindowSeconds: 0
-  selectPolicy: Max
   policies:
-    - {type: Percent, value: 100, periodSeconds: 15}
-    - {type: Pods, value: 4, periodSeconds: 15}
+    - {type: Percent, value: 900, periodSeconds: 15}
 scaleDown:
   stabilizationWindowSeconds: {{ int .scaleDownSeconds }}
   policies:
