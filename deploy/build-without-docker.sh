@@ -119,8 +119,11 @@ processes+=($!)
 await 30 "the gateway's /health/live" curl --fail --silent "http://127.0.0.1:$port/health/live"
 echo "gateway: /health/live answers $(curl --silent "http://127.0.0.1:$port/health/live")"
 
-run_image img2img-worker:proxy "${common[@]}" IMG2IMG_ENGINE=fake >"$work/worker.log" 2>&1 &
+run_image img2img-worker:proxy "${common[@]}" IMG2IMG_ENGINE=fake \
+  IMG2IMG_METRICS_PORT=$((port + 3)) >"$work/worker.log" 2>&1 &
 processes+=($!)
+await 30 "the worker's /health/ready" curl --fail --silent "http://127.0.0.1:$((port + 3))/health/ready"
+echo "worker: /health/ready answers $(curl --silent "http://127.0.0.1:$((port + 3))/health/ready")"
 await 30 "the gateway's /health/ready" curl --fail --silent "http://127.0.0.1:$port/health/ready"
 curl --fail --silent --output "$work/picture.png" \
   "http://127.0.0.1:$port/client/v4/accounts/local/ai/run/@cf/runwayml/stable-diffusion-v1-5-img2img" \
