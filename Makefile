@@ -62,7 +62,7 @@ chart: $(VENV)/.test ## Write what the chart in helm/ has from elsewhere: README
 	$(BIN)/python helm/chart.py
 
 bench: $(VENV)/.test ## Run the benchmarks (BENCH=queue for one, QUICK=1 for a short run)
-	@for name in $(or $(BENCH),gateway queue queue_scale cancel eta autoscale engine proxy); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
+	@for name in $(or $(BENCH),gateway queue queue_scale cancel eta autoscale engine proxy tracing); do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
 
 CHAOS_SECONDS ?= 600
 CHAOS_SEED ?= 7

@@ -1,0 +1,176 @@
+"""What traces cost: the same jobs with every call sampled and exported, and with no trace at all.
+
+Starts a Valkey (append-only file, synced on every write) and two services on it, each a gateway and a worker, of which
+one exports its spans over OTLP to a receiver in this process:
+
+* synchronous calls to the bundled model, taking turns: how long a job takes, and how long the CPU's cores work for it;
+* the same to the `fake` engine: how long they work for a job in gateway and worker, and how many spans it has.
+
+    python bench/tracing.py [--quick]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from img2img.embedded import EmbeddedValkey
+from tests.collector import Collector, collecting
+from tests.stack import MODEL_PATH, Gateway, Process, Stack
+
+ENDPOINT: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
+PATH: Final = MODEL_PATH.format(account="local")
+BODY: Final = {"prompt": "a lion", "seed": 1, "width": 256, "height": 256}
+WARM: Final = 3
+"""Pairs, or blocks, that do not count: the first spans to be exported cost more than all those that follow."""
+BLOCK: Final = 50
+"""Jobs of the fake engine between two looks at the CPU's clocks."""
+
+
+class Service:
+    """A gateway and a worker on a queue of their own, and a client of theirs."""
+
+    def __init__(self, stack: Stack, name: str, engine: str) -> None:
+        more = {"queue": name, "engine": engine}
+        self.worker: Process = stack.worker(**more, log_level="info")
+        self.gateway: Gateway = stack.gateway(**more, log_level="info")
+        self._client = self.gateway.client()
+
+    def call(self, steps: int) -> float:
+        """Milliseconds of one synchronous call."""
+        started = time.perf_counter()
+        self._client.post(PATH, json={**BODY, "num_steps": steps}).raise_for_status()
+        return (time.perf_counter() - started) * 1000
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """What all threads of each process have used so far."""
+        return {"gateway": _cpu_seconds(self.gateway.pid), "worker": _cpu_seconds(self.worker.pid)}
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _cpu_seconds(pid: int) -> float:
+    """By the scheduler's own clock, in nanoseconds; /proc/PID/stat counts in hundredths of a second."""
+    files = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(file.read_text().split()[0]) for file in files) / 1e9
+
+
+@contextmanager
+def exporting(collector: Collector) -> Iterator[None]:
+    """What is started inside exports its spans."""
+    os.environ[ENDPOINT] = collector.url
+    try:
+        yield
+    finally:
+        del os.environ[ENDPOINT]
+
+
+@asynccontextmanager
+async def services(engine: str, collector: Collector) -> AsyncIterator[dict[str, Service]]:
+    """One that traces and one that does not."""
+    with tempfile.TemporaryDirectory() as name:
+        async with EmbeddedValkey(Path(name) / "data") as valkey:
+            with Stack(valkey.url, Path(name), log_level="warning") as stack:
+                plain = Service(stack, "plain", engine)
+                with exporting(collector):
+                    traced = Service(stack, "traced", engine)
+                yield {"plain": plain, "traced": traced}
+                plain.close()
+                traced.close()
+
+
+async def measure_model(collector: Collector, pairs: int, steps: int) -> dict[str, float]:
+    """Milliseconds of a job on the bundled model; the services take turns, and turns at going first.
+
+    ``noise`` is the standard error of what is added: less than that these clocks cannot tell.
+    """
+    took: dict[str, list[float]] = {"plain": [], "traced": []}
+    worked: dict[str, list[float]] = {"plain": [], "traced": []}
+    async with services("auto", collector) as both:
+        for number in range(-WARM, pairs):
+            for name in sorted(both, reverse=bool(number % 2)):
+                before = sum(both[name].cpu_seconds().values())
+                milliseconds = both[name].call(steps)
+                if number >= 0:
+                    took[name].append(milliseconds)
+                    worked[name].append((sum(both[name].cpu_seconds().values()) - before) * 1000)
+    figures = {}
+    for name, values in (("model", took), ("model_cpu", worked)):
+        added = [traced - plain for plain, traced in zip(values["plain"], values["traced"], strict=True)]
+        figures |= {f"{name}_{way}_ms": round(statistics.median(of_way), 1) for way, of_way in values.items()}
+        figures[f"{name}_added_ms"] = round(statistics.median(added), 2)
+        figures[f"{name}_noise_ms"] = round(statistics.stdev(added) / len(added) ** 0.5, 2)
+    return figures
+
+
+async def measure_cpu(collector: Collector, blocks: int) -> dict[str, float]:
+    """Microseconds of CPU in gateway and worker for a job of the fake engine, and its spans."""
+    used: dict[tuple[str, str], list[float]] = defaultdict(list)
+    collector.clear()
+    async with services("fake", collector) as both:
+        for number in range(-WARM, blocks):
+            for name, service in both.items():
+                before = service.cpu_seconds()
+                for _ in range(BLOCK):
+                    service.call(steps=20)
+                for process, seconds in service.cpu_seconds().items():
+                    if number >= 0:
+                        used[name, process].append((seconds - before[process]) / BLOCK * 1e6)
+    # The services have ended, and have exported what they had.
+    figures = {}
+    for process in ("gateway", "worker"):
+        plain, traced = (statistics.median(used[name, process]) for name in ("plain", "traced"))
+        figures |= {
+            f"{process}_plain_us": round(plain),
+            f"{process}_traced_us": round(traced),
+            f"{process}_added_us": round(traced - plain),
+        }
+    return figures | {
+        "added_cpu_us_per_job": figures["gateway_added_us"] + figures["worker_added_us"],
+        "spans_per_job": round(len(collector.spans) / ((WARM + blocks) * BLOCK), 1),
+    }
+
+
+async def measure(quick: bool) -> dict[str, float]:
+    with collecting() as collector:
+        figures = await measure_model(collector, pairs=4 if quick else 40, steps=4 if quick else 20)
+        figures |= await measure_cpu(collector, blocks=5 if quick else 20)
+    share = figures["added_cpu_us_per_job"] / 1000 / figures["model_plain_ms"]
+    return figures | {"share_of_model_job": round(share, 5)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer jobs, of fewer steps")
+    figures = uvloop.run(measure(parser.parse_args().quick))
+    print(f"\n{'':34}{'no traces':>12}{'all traced':>12}{'added':>9}")
+    rows = (
+        ("job of the bundled model, ms", "model_{}_ms"),
+        ("CPU of that job, ms", "model_cpu_{}_ms"),
+        ("CPU of a fake job, gateway, us", "gateway_{}_us"),
+        ("CPU of a fake job, worker, us", "worker_{}_us"),
+    )
+    for label, name in rows:
+        plain, traced, added = (figures[name.format(way)] for way in ("plain", "traced", "added"))
+        print(f"{label:34}{plain:12g}{traced:12g}{added:9g}")
+    share, noise = figures["share_of_model_job"], (figures["model_noise_ms"], figures["model_cpu_noise_ms"])
+    print("\nThe first two lines have a standard error of {:g} and {:g} ms.".format(*noise))
+    print(f"{figures['spans_per_job']:g} spans a job; their CPU is {share:.2%} of a job of the model")
+    print(json.dumps({"bench": "tracing", **figures}))
+
+
+if __name__ == "__main__":
+    main()
