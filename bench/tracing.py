@@ -1,10 +1,12 @@
-"""What traces cost: the same jobs with every call sampled and exported, and with no trace at all.
+"""What traces cost: the same jobs with all of their spans kept and exported, and without any.
 
-Starts a Valkey (append-only file, synced on every write) and two services on it, each a gateway and a worker, of which
-one exports its spans over OTLP to a receiver in this process:
+Starts a Valkey (append-only file, synced on every write) and services on it, each a gateway and a worker, which export
+their spans over OTLP to a receiver in this process:
 
-* synchronous calls to the bundled model, taking turns: how long a job takes, and how long the CPU's cores work for it;
-* the same to the `fake` engine: how long they work for a job in gateway and worker, and how many spans it has.
+* synchronous calls to the bundled model, every other one in a trace that its caller does not keep: how long a job
+  takes, and how long the CPU's cores work for it. One service makes both, because two differ by more than this;
+* calls to the `fake` engine, by turns of one service that exports spans and one that makes none: how long the cores
+  work for a job in gateway and worker, and how many spans it has.
 
     python bench/tracing.py [--quick]
 """
@@ -12,6 +14,7 @@ one exports its spans over OTLP to a receiver in this process:
 import argparse
 import json
 import os
+import secrets
 import statistics
 import sys
 import tempfile
@@ -30,7 +33,6 @@ from img2img.embedded import EmbeddedValkey
 from tests.collector import Collector, collecting
 from tests.stack import MODEL_PATH, Gateway, Process, Stack
 
-ENDPOINT: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
 PATH: Final = MODEL_PATH.format(account="local")
 BODY: Final = {"prompt": "a lion", "seed": 1, "width": 256, "height": 256}
 WARM: Final = 3
@@ -40,18 +42,19 @@ BLOCK: Final = 50
 
 
 class Service:
-    """A gateway and a worker on a queue of their own, and a client of theirs."""
+    """A gateway and a worker, and a client of theirs."""
 
-    def __init__(self, stack: Stack, name: str, engine: str) -> None:
-        more = {"queue": name, "engine": engine}
+    def __init__(self, stack: Stack, engine: str, queue: str = "default") -> None:
+        more = {"engine": engine, "queue": queue}
         self.worker: Process = stack.worker(**more, log_level="info")
         self.gateway: Gateway = stack.gateway(**more, log_level="info")
         self._client = self.gateway.client()
 
-    def call(self, steps: int) -> float:
+    def call(self, steps: int, traceparent: str | None = None) -> float:
         """Milliseconds of one synchronous call."""
+        headers = {} if traceparent is None else {"traceparent": traceparent}
         started = time.perf_counter()
-        self._client.post(PATH, json={**BODY, "num_steps": steps}).raise_for_status()
+        self._client.post(PATH, json={**BODY, "num_steps": steps}, headers=headers).raise_for_status()
         return (time.perf_counter() - started) * 1000
 
     def cpu_seconds(self) -> dict[str, float]:
@@ -69,44 +72,45 @@ def _cpu_seconds(pid: int) -> float:
 
 
 @contextmanager
-def exporting(collector: Collector) -> Iterator[None]:
-    """What is started inside exports its spans."""
-    os.environ[ENDPOINT] = collector.url
+def exporting(collector: Collector, **more: str) -> Iterator[None]:
+    """What is started inside exports its spans; ``more`` are other variables of OpenTelemetry's."""
+    variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, **more}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        del os.environ[ENDPOINT]
+        for name in variables:
+            del os.environ[name]
 
 
 @asynccontextmanager
-async def services(engine: str, collector: Collector) -> AsyncIterator[dict[str, Service]]:
-    """One that traces and one that does not."""
+async def stack() -> AsyncIterator[Stack]:
     with tempfile.TemporaryDirectory() as name:
         async with EmbeddedValkey(Path(name) / "data") as valkey:
-            with Stack(valkey.url, Path(name), log_level="warning") as stack:
-                plain = Service(stack, "plain", engine)
-                with exporting(collector):
-                    traced = Service(stack, "traced", engine)
-                yield {"plain": plain, "traced": traced}
-                plain.close()
-                traced.close()
+            with Stack(valkey.url, Path(name), log_level="warning") as running:
+                yield running
 
 
 async def measure_model(collector: Collector, pairs: int, steps: int) -> dict[str, float]:
-    """Milliseconds of a job on the bundled model; the services take turns, and turns at going first.
+    """Milliseconds of a job on the bundled model; kept and not kept take turns, and turns at going first.
 
     ``noise`` is the standard error of what is added: less than that these clocks cannot tell.
     """
     took: dict[str, list[float]] = {"plain": [], "traced": []}
     worked: dict[str, list[float]] = {"plain": [], "traced": []}
-    async with services("auto", collector) as both:
+    async with stack() as running:
+        # So soon that what it costs counts for the job that it is of.
+        with exporting(collector, OTEL_BSP_SCHEDULE_DELAY="100"):
+            service = Service(running, "auto")
         for number in range(-WARM, pairs):
-            for name in sorted(both, reverse=bool(number % 2)):
-                before = sum(both[name].cpu_seconds().values())
-                milliseconds = both[name].call(steps)
+            for way in sorted(took, reverse=bool(number % 2)):
+                before = sum(service.cpu_seconds().values())
+                flags = "01" if way == "traced" else "00"
+                milliseconds = service.call(steps, f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-{flags}")
                 if number >= 0:
-                    took[name].append(milliseconds)
-                    worked[name].append((sum(both[name].cpu_seconds().values()) - before) * 1000)
+                    took[way].append(milliseconds)
+                    worked[way].append((sum(service.cpu_seconds().values()) - before) * 1000)
+        service.close()
     figures = {}
     for name, values in (("model", took), ("model_cpu", worked)):
         added = [traced - plain for plain, traced in zip(values["plain"], values["traced"], strict=True)]
@@ -120,19 +124,24 @@ async def measure_cpu(collector: Collector, blocks: int) -> dict[str, float]:
     """Microseconds of CPU in gateway and worker for a job of the fake engine, and its spans."""
     used: dict[tuple[str, str], list[float]] = defaultdict(list)
     collector.clear()
-    async with services("fake", collector) as both:
+    async with stack() as running:
+        services = {"plain": Service(running, "fake", "plain")}
+        with exporting(collector):
+            services["traced"] = Service(running, "fake", "traced")
         for number in range(-WARM, blocks):
-            for name, service in both.items():
+            for way, service in services.items():
                 before = service.cpu_seconds()
                 for _ in range(BLOCK):
                     service.call(steps=20)
                 for process, seconds in service.cpu_seconds().items():
                     if number >= 0:
-                        used[name, process].append((seconds - before[process]) / BLOCK * 1e6)
+                        used[way, process].append((seconds - before[process]) / BLOCK * 1e6)
+        for service in services.values():
+            service.close()
     # The services have ended, and have exported what they had.
     figures = {}
     for process in ("gateway", "worker"):
-        plain, traced = (statistics.median(used[name, process]) for name in ("plain", "traced"))
+        plain, traced = (statistics.median(used[way, process]) for way in ("plain", "traced"))
         figures |= {
             f"{process}_plain_us": round(plain),
             f"{process}_traced_us": round(traced),
@@ -146,7 +155,7 @@ async def measure_cpu(collector: Collector, blocks: int) -> dict[str, float]:
 
 async def measure(quick: bool) -> dict[str, float]:
     with collecting() as collector:
-        figures = await measure_model(collector, pairs=4 if quick else 40, steps=4 if quick else 20)
+        figures = await measure_model(collector, pairs=8 if quick else 40, steps=4 if quick else 20)
         figures |= await measure_cpu(collector, blocks=5 if quick else 20)
     share = figures["added_cpu_us_per_job"] / 1000 / figures["model_plain_ms"]
     return figures | {"share_of_model_job": round(share, 5)}
