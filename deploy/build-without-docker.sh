@@ -5,20 +5,19 @@
 #
 #   sudo deploy/build-without-docker.sh [FOLDER]     default: .cache/images; a second run takes what is there
 #
-# Needs root, and Debian's packages buildah, mmdebstrap and jq.
+# Needs root, and Debian's packages buildah, mmdebstrap and jq. Where overlays cannot be mounted, STORAGE_DRIVER=vfs does
+# without, and takes several times as long and 9 GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(realpath -m "${1:-.cache/images}")
 port=${PORT:-18000}
-export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs
+export BUILDAH_ISOLATION=chroot
 mkdir -p "$work"
 
 # --- build ---------------------------------------------------------------------------------------------------------
 
 with_store() { # buildah COMMAND…, with everything below $work
-  local command=$1
-  shift
-  buildah --root "$work/storage" --runroot "$work/run" "$command" "$@"
+  buildah --root "$work/storage" --runroot "$work/run" ${STORAGE_DRIVER:+--storage-driver "$STORAGE_DRIVER"} "$@"
 }
 
 make_base() { # what python:slim has, as far as the images use it
@@ -52,7 +51,11 @@ stop() { # newest first, like whoever stops containers
   done
   processes=()
 }
-trap stop EXIT
+unmount() { # what buildah leaves mounted of its store, so that the folder can be deleted
+  awk -v below="$work/storage/" 'index($2, below) == 1 { print $2 }' /proc/mounts | sort --reverse |
+    xargs --no-run-if-empty umount
+}
+trap "stop; unmount" EXIT
 
 unpack() { # IMAGE: its files and its configuration below $work/IMAGE
   local folder=$work/${1/:/-} container
