@@ -17,6 +17,9 @@ TORCH := $(shell grep -E '^torch==' requirements.lock)
 SDKS := 5.9.0 4.3.1
 CHECKOV := checkov==3.3.30
 
+# Tests wait for real processes more than they compute, so that a few more run at once than there are cores.
+TEST_PROCESSES ?= 3
+
 .PHONY: help setup demo up test lint format proto docs chart bench chaos lock clean
 
 help: ## List the targets
@@ -31,7 +34,7 @@ up: $(VENV)/.run ## Run the whole service on this machine until Ctrl-C
 	@$(BIN)/img2img up
 
 test: $(VENV)/.test ## Run all tests
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TESTS)
 
 lint: $(VENV)/.test ## Check style, types, import contracts and that generated code is fresh
 	$(BIN)/ruff check .

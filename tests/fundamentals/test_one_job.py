@@ -97,7 +97,7 @@ def test_a_job_says_where_its_time_went(http: httpx.Client) -> None:
     """Timings per stage add up to the time from creation to the end."""
     created = http.post("/v1/jobs", json={"prompt": "a lion fake:step=0.02"}, headers={"prefer": "wait=30"}).json()
     assert list(created["timings"]) == [
-        "queued", "load", "decode", "encode_text", "steps", "decode_image", "encode", "store",
+        "queued", "load", "decode", "encode_text", "steps", "decode_image", "encode", "store", "finish",
     ]  # fmt: skip
     created_at, finished_at = (datetime.fromisoformat(created[name]) for name in ("created_at", "finished_at"))
     assert 0.02 * 20 <= sum(created["timings"].values()) <= (finished_at - created_at).total_seconds() + 0.005

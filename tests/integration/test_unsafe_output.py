@@ -32,7 +32,7 @@ def test_a_harmless_picture_passes(http: httpx.Client) -> None:
 
     assert job["state"] == "succeeded"
     stages = list(job["timings"])
-    assert stages[stages.index("decode_image") :] == ["decode_image", "check", "encode", "store"]
+    assert stages[stages.index("decode_image") :] == ["decode_image", "check", "encode", "store", "finish"]
 
 
 def test_a_flagged_picture_fails_its_job_at_once(http: httpx.Client) -> None:
