@@ -181,6 +181,8 @@ async def write(parts: Parts, claim: Claim, decision: Decision) -> tuple[str, st
     assert isinstance(decision, Release)
     await parts.queue.release(claim, decision.why, decision.kind, delay=decision.delay)
     job = await parts.queue.get(claim.id)
+    if job.outcome is not None:  # a call that ends with its deadline leaves it to the queue to say so
+        return job.state.value, job.outcome.error and job.outcome.error.code
     assert job.state == JobState.QUEUED
     assert (job.failures, job.interruptions) in ((1, 0), (0, 1))
     return "failed attempt" if job.failures else "waiting", decision.why.code
