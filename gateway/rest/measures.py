@@ -30,6 +30,10 @@ def route_of(scope: Scope) -> str:
     return ROUTE_TYPES.sub("", scope.get("path_template", OTHER))
 
 
+class AnswerBrokeOff(Exception):
+    """An answer that had begun cannot be ended: names what kind of error it was, and nothing else."""
+
+
 def measured(app: ASGIApp) -> ASGIApp:
     """The application with each request timed, from its first byte here to the last one of its answer."""
 
@@ -42,11 +46,18 @@ def measured(app: ASGIApp) -> ASGIApp:
                 status = str(message["status"])
             await send(message)
 
+        failed = None
         try:
             await app(scope, receive, sending)
+        except Exception as exc:
+            log.exception("answer_broke_off")
+            failed = type(exc).__name__
         finally:
             if scope["type"] == ScopeType.HTTP:
                 _note(scope, status, time.perf_counter() - began)
+        if failed is not None:
+            # Raised anew and outside: a span keeps the words of what it sees, and these may quote a request.
+            raise AnswerBrokeOff(failed)
 
     return call
 
