@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from gateway.service import JobService
-from img2img.errors import InvalidRequest, NotFound
+from img2img.errors import InvalidRequest, NotFound, Unavailable
 from img2img.pools import Pool, Pools
 from img2img.queue_types import QueueStats
 from img2img.settings import MAX_SECONDS, Settings
@@ -54,7 +54,7 @@ class Calls(msgspec.Struct, frozen=True):
 
 
 def busy_workers(running: int, workers: int, slots: int) -> int:
-    """How many of the ``workers``, with ``slots`` in all, ``running`` jobs fill.
+    """How many of the ``workers`` that have slots, ``slots`` in all, ``running`` jobs fill.
 
     Not how many have a job: a few jobs spread over many workers must not keep all of those.
     """
@@ -84,9 +84,13 @@ def signal_of(pool: str, stats: QueueStats, at: datetime, target: float, calls: 
     Of such a pool the calls count and not their seconds: its demand is ``target`` for each worker that those fill.
     """
     workers, slots = len(stats.workers), sum(worker.slots for worker in stats.workers)
-    backlog, busy = stats.seconds + stats.running_seconds, busy_workers(stats.running, workers, slots)
+    open_workers = sum(worker.slots > 0 for worker in stats.workers)
+    backlog, busy = stats.seconds + stats.running_seconds, busy_workers(stats.running, open_workers, slots)
     if calls is None:
         demand = demand_seconds(backlog, busy, target)
+    elif workers and not slots:
+        # The upstream takes no calls: more workers would only try in vain, and without any nobody would try at all.
+        demand = target * max(1, stats.running) / calls.at_once
     else:
         demand = target * calls_owed(stats.queued, stats.running, stats.seconds, calls) / calls.at_once
     return Signal(
@@ -133,6 +137,7 @@ class Scaling:
         self._calls = {name: _calls_of(pool, settings) for name, pool in pools.by_name.items()}
         self._lock = asyncio.Lock()
         self._stats: Mapping[str, QueueStats] = {}
+        self._failure: str | None = None
         self._read_at = datetime.fromtimestamp(0, UTC)
         self._stale_at = -math.inf
 
@@ -176,9 +181,15 @@ class Scaling:
         now = asyncio.get_running_loop().time
         async with self._lock:
             if now() >= self._stale_at:
-                self._stats = (await self._service.stats()).pools
+                try:
+                    self._stats, self._failure = (await self._service.stats()).pools, None
+                except Unavailable as exc:
+                    self._failure = str(exc)
                 self._read_at = datetime.now(UTC)
                 self._stale_at = now() + FRESH_SECONDS
+            # Whoever waited for the answer shares it, also when it is that there is none.
+            if self._failure is not None:
+                raise Unavailable(self._failure)
 
 
 def _calls_of(pool: Pool, settings: Settings) -> Calls | None:

@@ -266,7 +266,7 @@ def test_a_gateway_is_ready_without_workers() -> None:
         assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
 
 
-@pytest.mark.parametrize(("settings", "seconds"), [({}, 660), ({"phase_limit": 900}, 960)])
+@pytest.mark.parametrize(("settings", "seconds"), [({}, 1860), ({"phase_limit": 900}, 2760)])
 def test_a_worker_may_load_for_as_long_as_its_watchdog_allows(settings: dict[str, Any], seconds: int) -> None:
     """And is live by its own word, which has nothing of Redis."""
     rendered = render("helm4", MINIMAL | {"poolDefaults": {"settings": settings}})

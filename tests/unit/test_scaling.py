@@ -26,6 +26,17 @@ def stats(
     return QueueStats(queued, 0, running, 0, seconds, left, 0.0, workers)
 
 
+def test_a_dead_upstream_calls_for_no_more_workers() -> None:
+    """Those that there are pause, and one of them may have to try."""
+    signal = signal_of("burst", stats(1000, 0, 6400.0, slots=(0, 0)), NOW, 60.0, Calls(100.0, 64))
+    assert signal.demand_seconds == pytest.approx(60.0 / 64, abs=0.001)
+    assert is_active(signal, 0.0)
+
+
+def test_paused_workers_are_not_busy() -> None:
+    assert signal_of("burst", stats(0, 64, slots=(64, *[0] * 10)), NOW, 60.0, Calls(100.0, 64)).busy_workers == 1
+
+
 class TestGpus:
     def test_work_that_waits_and_what_is_left_of_the_running(self) -> None:
         signal = signal_of("gpu", stats(9, 4, 60.0, 15.0, (4,)), NOW, 30.0, None)
