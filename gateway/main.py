@@ -26,14 +26,15 @@ from gateway.rpc.server import open_server
 from gateway.scaling import Scaling
 from gateway.service import JobService
 from gateway.tenants import Tenants
-from gateway.upkeep import run_upkeep
+from gateway.upkeep import run_upkeep, run_upkeep_of_others
 from img2img import telemetry, tracing
 from img2img.errors import ConfigurationError, Img2ImgError
 from img2img.events import EventHub
 from img2img.settings import Settings
 from img2img.wiring import Parts, open_parts
 
-UNTRACED = "health/live,health/ready,metrics"
+UNTRACED = "://[^/]*/health/live$,://[^/]*/health/ready$,://[^/]*/metrics$"
+"""Addresses without spans: patterns that are searched for in the whole of one, the caller's Host header included."""
 CONVENTIONS_VARIABLE = "OTEL_SEMCONV_STABILITY_OPT_IN"
 """Without it the middleware names attributes as before they were settled."""
 
@@ -113,7 +114,12 @@ def _start_side_tasks(group: asyncio.TaskGroup, service: JobService, parts: Part
         group.create_task(run_upkeep(queue, parts.blobs, retention), name=f"upkeep {name}")
         for name, queue in service.queues.items()
     ]
-    return [group.create_task(telemetry.measure_lag(), name="lag"), *upkeeps]
+    others = run_upkeep_of_others(parts.queue, service.queues.keys(), parts.blobs, retention)
+    return [
+        group.create_task(telemetry.measure_lag(), name="lag"),
+        group.create_task(others, name="upkeep of others"),
+        *upkeeps,
+    ]
 
 
 async def serve(settings: Settings) -> None:

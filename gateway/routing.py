@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from img2img.errors import ConfigurationError, ModelNotFound, ResidencyConflict, Unsupported
+from img2img.errors import ConfigurationError, ModelNotFound, ResidencyConflict, SpendCapReached, Unsupported
 from img2img.pools import LACKS, Pool, Pools, RequestClass, Route, class_of
 from img2img.queue_types import Candidate, Share
 from img2img.requests import CheckedRequest
@@ -15,6 +15,7 @@ from img2img.server import milliseconds
 from img2img.settings import Settings
 
 MILLIONTHS: Final = 1_000_000
+DAY_SECONDS: Final = 24 * 3600.0
 
 
 class Routed(msgspec.Struct, frozen=True):
@@ -44,6 +45,7 @@ class Router:
             ModelNotFound: no route is for the model that the request names.
             Unsupported: every pool of its route lacks something that it asks for; names it for the first of them.
             ResidencyConflict: those that could run it are outside, and the account's pictures stay here.
+            SpendCapReached: it costs more than any day's cap.
         """
         route = self._route(checked)
         able, why_not = [], None
@@ -62,7 +64,15 @@ class Router:
                 "This account's pictures are made here only, and every pool that could run this request is outside: "
                 "ask for what a local pool can do, or have the account's residency changed"
             )
-        return tuple(self._candidate(pool, route, checked, share) for pool in allowed)
+        candidates = tuple(self._candidate(pool, route, checked, share) for pool in allowed)
+        payable = tuple(candidate for candidate in candidates if _may_be_paid(candidate))
+        if not payable:
+            raise SpendCapReached(
+                "This request costs more than may be spent on a day on this account's jobs: ask for less, or for a "
+                "higher cap",
+                DAY_SECONDS,
+            )
+        return payable
 
     def _route(self, checked: CheckedRequest) -> Route:
         model = checked.options.model
@@ -110,6 +120,10 @@ def _check_reproducible(pools: Pools) -> None:
                     f"IMG2IMG_REPRODUCIBLE makes every job reproducible, which no pool of the route for {kind} can do "
                     f"({', '.join(route.pools)}): unset it, or add a pool that can"
                 )
+
+
+def _may_be_paid(pool: Candidate) -> bool:
+    return all(cap is None or pool.price <= cap for cap in (pool.cap, pool.tenant_cap))
 
 
 def _millionths(amount: float) -> int:

@@ -52,7 +52,6 @@ from img2img.records import (
     read_job,
     read_refusal,
     read_stop,
-    seconds_left_today,
     work_of,
 )
 from img2img.scripts import Scripts
@@ -60,6 +59,7 @@ from img2img.server import milliseconds, translated
 
 SHARD: Final = 0
 LIST_SCAN: Final = 500
+UNAFFORDABLE: Final = b"unaffordable "
 UNREADABLE_DELAY: Final = 10.0
 
 log = structlog.get_logger(__name__)
@@ -296,8 +296,8 @@ class JobQueue:
             SpendCapReached: the call must not be made, because it would cost more than may be spent today.
         """
         answer = await self._scripts.run("sent", claim.id, claim.fence, call, on_lost or "")
-        if answer == b"unaffordable":
-            raise read_refusal("spend", seconds_left_today(), None)
+        if answer.startswith(UNAFFORDABLE):
+            raise read_refusal("spend", float(answer.removeprefix(UNAFFORDABLE)), None)
         return None if answer == b"ok" else read_stop(answer)
 
     async def finish(self, claim: Claim, outcome: Outcome) -> None:
@@ -349,8 +349,8 @@ class JobQueue:
             raise JobNotFound(job_id)
         if state == b"discarding":
             raise NotReplayable("The job's input picture is being deleted: send the request anew")
-        if state == b"unaffordable":
-            raise read_refusal("spend", seconds_left_today(), None)
+        if state.startswith(UNAFFORDABLE):
+            raise read_refusal("spend", float(state.removeprefix(UNAFFORDABLE)), None)
         return JobState(state.decode())
 
     async def wait_for(self, job_id: str, waiter: Waiter) -> None:
@@ -365,6 +365,12 @@ class JobQueue:
         """End what is overdue; answers which blobs may go, and in how many seconds there is more to do."""
         due, *words = await self._scripts.run("sweep")
         return [read_discard(word.decode()) for word in words], None if due < 0 else due / 1000
+
+    async def names(self) -> set[str]:
+        """Of all queues of this server that ever had a job."""
+        with translated():
+            members: Any = self.redis.smembers(f"{self.prefix}queues")
+            return {name.decode() for name in await members}
 
     async def discarded(self, discard: Discard) -> None:
         """It has been done; until then it is told again."""

@@ -1,6 +1,5 @@
 """What the scripts in ``lua/`` write and answer, read back: a job's record above all. Fields: docs/queue.md."""
 
-import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -27,7 +26,6 @@ JOB_FIELDS: Final = (
 )  # fmt: skip
 SIZE_GRID: Final = 64
 """Sizes are measured as if rounded up to multiples of this many pixels."""
-DAY_SECONDS: Final = 24 * 3600
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -109,11 +107,6 @@ def read_discard(word: str) -> Discard:
     """A word of ``sweep.lua``: for how many milliseconds which blob is kept."""
     kept, _, key = word.partition(" ")
     return Discard(word, key, int(kept) / 1000)
-
-
-def seconds_left_today() -> float:
-    """Until 00:00 UTC, by this machine's clock: when caps on what is spent begin anew."""
-    return DAY_SECONDS - time.time() % DAY_SECONDS
 
 
 def read_refusal(why: str, pause: float, eta: float | None) -> Congested:

@@ -148,7 +148,14 @@ local FIRST_LOOK = 1000
 -- Into the queue: ready at `due`, or at once when that has passed.
 local function enqueue(queue, id, job, due, data)
   enter_queued(queue, id, job)
-  if job.pools then redis.call('ZADD', queue.movable, int(job.look or NOW + FIRST_LOOK), id) end
+  redis.call('SADD', QUEUES, queue.name)
+  if job.pools then
+    redis.call('ZADD', queue.movable, int(job.look or NOW + FIRST_LOOK), id)
+    -- From now on somebody waits for a first worker.
+    if due <= NOW and number_of(queue.totals, 'slots') <= 0 then
+      redis.call('HSETNX', queue.totals, 'unserved', int(NOW))
+    end
+  end
   if due > NOW then
     redis.call('ZADD', queue.delayed, int(due), id)
     wake(queue)

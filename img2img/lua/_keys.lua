@@ -4,7 +4,7 @@
 -- Only the server's clock counts: TIME is read here, never sent by a client. Times are milliseconds since 1970.
 
 local P = KEYS[1]
-local DISCARD, DISCARDING = P .. 'discard', P .. 'discarding'
+local DISCARD, DISCARDING, QUEUES = P .. 'discard', P .. 'discarding', P .. 'queues'
 local WAKE_CAP = 512
 
 local TIME = redis.call('TIME')

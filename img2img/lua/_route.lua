@@ -8,17 +8,18 @@ local STUCK = 5000
 local LOOK_AGAIN, MOVED_LATELY, SOONEST_LOOK = 5000, 2000, 1000
 -- So many jobs at most are looked at in one go.
 local LOOKS = 20
-local FINE, LATE, DEAD = 0, 1, 2
+local FINE, LATE, STUCK_THERE, DEAD = 0, 1, 2, 3
 
 -- Milliseconds until a pool has a worker: 0 when it has one, nil when it counts as dead.
 local function start_of(pool, queue, totals)
   if (totals.slots or 0) > 0 then return 0 end
-  local waited = NOW - (totals.unserved or NOW)
-  if waited > (pool.start or 0) + DEAD_RETRY then
+  -- The server's clock may have gone back, in a failover.
+  local start, waited = pool.start or 0, math.max(0, NOW - (totals.unserved or NOW))
+  if waited > start + DEAD_RETRY then
     redis.call('HSET', queue.totals, 'unserved', int(NOW))
     waited = 0
   end
-  return waited < (pool.start or 0) and pool.start - waited or nil
+  return waited < start and start - waited or nil
 end
 
 -- What a pool has to offer a job: {account, size, pixels, steps, score, since}, of which `id` is queued there, if given.
@@ -58,11 +59,13 @@ local function slack_of(view, job)
   return slack
 end
 
--- How good a pool is for a job: nobody works there; it would start too late or hardly be done in time; or it is fine.
+-- How good a pool is for a job: nobody works there; it has put the job off; the job would start too late there, or hardly be
+-- done in time; or it is fine.
 local function rank_of(view, job)
   if not view.start then return DEAD end
+  if view.is_stuck then return STUCK_THERE end
   local slack = slack_of(view, job)
-  return (view.is_stuck or (slack and slack < 0)) and LATE or FINE
+  return slack and slack < 0 and LATE or FINE
 end
 
 -- The best of the pools, the first of those that are as good, without those that `refuse` refuses; and what that said of
@@ -87,7 +90,6 @@ end
 local function assign(id, job, view)
   job.units = int(1000 * job.steps * view.area)
   redis.call('HSET', job_key(id), 'queue', view.queue.name, 'area', decimal(view.area), 'units', job.units)
-  if view.start ~= 0 and view.pool.start then redis.call('HSETNX', view.queue.totals, 'unserved', int(NOW)) end
   local reservation = reserve(view.pool, job.account)
   if reservation then redis.call('HSET', job_key(id), 'reserved', reservation) end
 end
@@ -101,7 +103,7 @@ local function routed(id)
     expires = tonumber(v[7]), score = v[8], units = v[9], weight = v[10], crashes = v[11], reserved = v[12] }
 end
 
-local WHY = { [FINE] = 'preferred', [LATE] = 'late', [DEAD] = 'no_workers' }
+local WHY = { [FINE] = 'preferred', [LATE] = 'late', [STUCK_THERE] = 'late', [DEAD] = 'no_workers' }
 
 local function move(id, job, from, view, why)
   leave_waiting(id, from, job.account, job.units)
@@ -162,7 +164,7 @@ local function reconsider(id, from)
 end
 
 -- Moves jobs whose time to be looked at has come; all of them, a few at a time, when nobody works in their pool.
--- Answers how many.
+-- Answers how many, and whether others may be as due.
 local function overflow(queue)
   local cursor, ids = nil, nil
   if number_of(queue.totals, 'slots') > 0 then
@@ -178,5 +180,5 @@ local function overflow(queue)
   if cursor then
     redis.call('HSET', queue.totals, 'cursor', #ids < LOOKS and 0 or cursor + stayed)
   end
-  return moved
+  return moved, moved > 0 or (not cursor and #ids == LOOKS)
 end

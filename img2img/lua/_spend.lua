@@ -65,3 +65,6 @@ local function unpay(id)
   redis.call('HSET', job_key(id), 'reserved', charged)
   redis.call('HDEL', job_key(id), 'charged')
 end
+
+-- The answer where a cap is in the way, with the seconds until the next day: some more than that, to be within it.
+local function unaffordable() return 'unaffordable ' .. decimal(((TODAY + 1) * DAY - NOW) / 1000 + 1) end

@@ -29,7 +29,7 @@ local function set_slots(worker, slots)
   local all = redis.call('HINCRBY', OWN.totals, 'slots', slots - before)
   if all > 0 then
     redis.call('HDEL', OWN.totals, 'unserved')
-  elseif redis.call('EXISTS', OWN.expiry, OWN.leases) > 0 then
+  elseif redis.call('EXISTS', OWN.expiry) == 1 then
     redis.call('HSETNX', OWN.totals, 'unserved', int(NOW))
   end
   if slots > 0 then redis.call('HSET', OWN.slots, worker, slots) else redis.call('HDEL', OWN.slots, worker) end

@@ -1,6 +1,6 @@
 -- Runs an ended job again under its id, as if it had just been submitted; its log and its history go on.
 -- ARGV: queue, id, lifetime ms
--- Returns its state before, 'discarding' when its input is being deleted, 'unaffordable' when every pool that it may go to costs
+-- Returns its state before, 'discarding' when its input is being deleted, 'unaffordable <seconds>' when every pool that it may go to costs
 -- more than may be spent today, or nil when there is none; only a failed, canceled or expired one is queued anew.
 local id, lifetime = ARGV[2], tonumber(ARGV[3])
 local key, arq = job_key(id), arq_id(id)
@@ -11,7 +11,7 @@ local routes, choice = routed(id), nil
 if routes then
   routes.since, routes.expires, routes.score = NOW, NOW + lifetime, int(NOW - field(id, 'boost'))
   choice = best_of(cjson.decode(routes.pools), routes, function(pool) return not is_affordable(pool, routes.account) end)
-  if not choice then return 'unaffordable' end
+  if not choice then return unaffordable() end
 end
 if not keep_inputs(id) then return 'discarding' end
 local ttl = int(lifetime + field(id, 'keep'))

@@ -25,7 +25,7 @@ async def redis(valkey_url: str) -> AsyncIterator[ArqRedis]:
             name = key.partition(b"}:")[2]
             if (
                 key.startswith(b"arq:queue:")
-                or name in (b"fence", b"discard", b"discarding")
+                or name in (b"fence", b"discard", b"discarding", b"queues")
                 or name.startswith(INDEXES)
             ):
                 continue

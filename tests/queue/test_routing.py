@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from arq.connections import ArqRedis
 
+from gateway.upkeep import run_upkeep_of_others
+from img2img.blobs import RedisBlobs
 from img2img.errors import NoCapacity, QueueFull, SpendCapReached
 from img2img.events import EventHub
 from img2img.jobs import Failure, JobState, Move, Outcome
@@ -228,6 +230,94 @@ async def test_a_job_does_not_wait_for_a_pool_to_start_when_its_own_is_back(
     await work(local)
     await look(burst)
     assert await pool_of(queue, job_id) == "local"
+
+
+async def test_a_job_that_was_put_off_goes_to_a_pool_that_is_late(
+    queue: JobQueue, local: JobQueue, burst: JobQueue
+) -> None:
+    """Late is better than tomorrow, though no slot is free there."""
+    await work(local)
+    await submit(queue, pools=[Candidate("local")])
+    await claim_one(local)
+    await work(burst)
+    job_id = await submit(queue, pools=pools(local={"max_wait": 10}, burst={"max_wait": 10}))
+    if await pool_of(queue, job_id) == "local":
+        await asyncio.sleep(1.1)
+        await look(local)
+    await burst.release(await claim_one(burst), BUSY, "interruptions", delay=3600)
+    await asyncio.sleep(2.1)
+    await look(burst)
+    assert await pool_of(queue, job_id) == "local"
+
+
+async def test_a_pool_that_was_scaled_to_zero_gets_its_first_job(
+    queue: JobQueue, local: JobQueue, burst: JobQueue
+) -> None:
+    """Its last worker finished a job while it drained: nobody has waited for a worker since."""
+    await work(local)
+    await submit(queue, pools=[Candidate("local")])
+    claim = await claim_one(local)
+    await work(local, slots=0)
+    await asyncio.sleep(0.05)
+    await local.finish(claim, SUCCEEDED)
+    await go_away(local)
+    await work(burst)
+    await asyncio.sleep(0.2)
+    assert await pool_of(queue, await submit(queue, pools=pools(local={"start": 150}))) == "local"
+
+
+async def test_a_clock_that_went_back_refuses_nobody(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
+    await work(burst)
+    await redis.hset(f"{queue.prefix}totals:local", "unserved", 2**52)  # type: ignore[misc]
+    assert await pool_of(queue, await submit(queue, pools=pools())) == "burst"
+    assert await pool_of(queue, await submit(queue, pools=pools(local={"start": 1000}))) == "local"
+
+
+async def test_many_looks_that_are_due_are_not_left_for_later(queue: JobQueue, local: JobQueue) -> None:
+    await work(local)
+    for _ in range(25):
+        await submit(queue, pools=pools())
+    await asyncio.sleep(1.1)
+    _, due = await local.sweep()
+    assert due == 0
+    _, due = await local.sweep()
+    assert due != 0
+
+
+async def test_a_late_word_about_an_earlier_call_changes_nothing(
+    queue: JobQueue, redis: ArqRedis, burst: JobQueue
+) -> None:
+    await work(burst)
+    claim = await started(queue, burst, tenant_cap=100)
+    await burst.sent(claim, 1, "fail")
+    await burst.sent(claim, 1, None)
+    await burst.sent(claim, 2, "fail")
+    await burst.sent(claim, 1, None)
+    await burst.release(claim, BUSY, "interruptions")
+    assert (await queue.get(claim.id)).state == JobState.FAILED
+    assert await spent(redis) == (10, 10)
+
+
+async def test_a_call_that_a_cancel_prevents_costs_nothing(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
+    """It was on record, the answer to that was lost, and meanwhile the job was canceled."""
+    await work(burst)
+    claim = await started(queue, burst, tenant_cap=100)
+    await burst.sent(claim, 1, "fail")
+    await queue.cancel(claim.id)
+    assert await burst.sent(claim, 1, "fail") is not None
+    await burst.finish(claim, Outcome(state=JobState.CANCELED))
+    assert await spent(redis) == (0, 0)
+
+
+async def test_what_is_left_in_a_pool_that_nobody_names_ends(queue: JobQueue, redis: ArqRedis) -> None:
+    """Gateways see to the queues that their settings do not know, too."""
+    job_id = await submit(queue, seconds=0.05, pools=[Candidate("gone")])
+    await asyncio.sleep(0.1)
+    blobs = RedisBlobs(redis, queue.prefix)
+    async with EventHub(queue) as hub, hub.follow(job_id, after=1) as follower:
+        upkeep = asyncio.create_task(run_upkeep_of_others(queue, {"default"}, blobs, 0.0))
+        assert [event.type for event in await follower.next(5.0)] == ["expired"]
+        upkeep.cancel()
 
 
 async def test_a_deferred_job_stays_until_its_time(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
