@@ -21,9 +21,10 @@ from img2img.jobs import JobState, Outcome, Result
 from img2img.queue_types import Claim, WorkerInfo
 from img2img.settings import Settings
 from img2img.wiring import open_parts
+from worker.attempt import StageClock, Stop
 from worker.consumer import Consumer
 from worker.engines.fake import FakeEngine
-from worker.runner import Decision, Stop
+from worker.runner import Decision
 
 SETTINGS: Final = Settings(redis_url=URL, concurrency=SLOTS)
 RESULT: Final = Result(
@@ -34,7 +35,7 @@ RESULT: Final = Result(
 class NoopRunner:
     """Ends every job at once."""
 
-    async def run(self, claim: Claim, stop: Stop) -> Decision:
+    async def run(self, claim: Claim, stop: Stop, clock: StageClock) -> Decision:
         job(claim.id)
         return Outcome(state=JobState.SUCCEEDED, result=RESULT, executed_by="none")
 
