@@ -9,12 +9,11 @@ import msgspec
 
 from img2img.errors import ConfigurationError, ModelNotFound, ResidencyConflict, SpendCapReached, Unsupported
 from img2img.pools import LACKS, Pool, Pools, RequestClass, Route, class_of
-from img2img.queue_types import Candidate, Share
+from img2img.queue_types import MILLIONTHS, Candidate, Share
 from img2img.requests import CheckedRequest
 from img2img.server import milliseconds
 from img2img.settings import Settings
 
-MILLIONTHS: Final = 1_000_000
 DAY_SECONDS: Final = 24 * 3600.0
 
 

@@ -20,7 +20,6 @@ trying about as many keys as there are hashes with that beginning, and then stil
 import hashlib
 import re
 import time
-import tomllib
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Final, Self
@@ -37,6 +36,7 @@ from img2img.errors import (
 )
 from img2img.pools import Amount
 from img2img.queue_types import Share
+from img2img.toml_files import read_toml
 
 LOCAL_ACCOUNT: Final = "local"
 MIN_WEIGHT: Final = 0.001
@@ -215,14 +215,7 @@ def _version(path: Path) -> tuple[int, ...] | None:
 
 
 def _read(path: Path) -> Register:
-    try:
-        content = msgspec.convert(tomllib.loads(path.read_text("utf-8")), File)
-    except OSError as exc:
-        raise ConfigurationError(f"{path} cannot be read ({exc.strerror}): check IMG2IMG_TENANTS_FILE") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigurationError(f"{path} is not TOML: {exc}: {REMEDY}") from exc
-    except msgspec.ValidationError as exc:
-        raise ConfigurationError(f"{path}: {exc}: {REMEDY}") from exc
+    content = read_toml(path, File, "IMG2IMG_TENANTS_FILE", REMEDY)
     accounts: dict[str, str] = {}
     entries: dict[str, Entry] = {}
     for number, entry in enumerate(content.tenants, 1):

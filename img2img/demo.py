@@ -9,9 +9,9 @@ from typing import Any, Final
 import click
 import httpx
 
+from img2img.schema import MODEL
 from img2img.up import Supervisor
 
-MODEL_PATH: Final = "@cf/runwayml/stable-diffusion-v1-5-img2img"
 JOB_HEADER: Final = "img2img-job-id"
 PROMPT: Final = "Change to a lion"
 LIMIT: Final = 120.0
@@ -44,7 +44,7 @@ async def _send(base_url: str, image: Path, output: Path) -> None:
         "guidance": 3.5,
         "seed": 1,
     }
-    path = f"/client/v4/accounts/local/ai/run/{MODEL_PATH}"
+    path = f"/client/v4/accounts/local/ai/run/{MODEL}"
     # trust_env: a proxy in the environment is not for our own loopback.
     async with httpx.AsyncClient(base_url=base_url, timeout=LIMIT, trust_env=False) as http:
         started = time.monotonic()

@@ -19,7 +19,6 @@ One TOML file, which gateways and workers read at their start (docs/pools.md):
 
 import math
 import re
-import tomllib
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +30,7 @@ from img2img.errors import ConfigurationError
 from img2img.requests import MODEL_NAME, MODEL_NAME_RULE, JobOptions, Parameters
 from img2img.schema import MODEL
 from img2img.sizes import resolve_size
+from img2img.toml_files import read_toml
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PRICED_SIZE: Final = (512, 512)
@@ -145,14 +145,7 @@ class Pools:
         Raises:
             ConfigurationError: names the file, the entry and the remedy.
         """
-        try:
-            content = msgspec.convert(tomllib.loads(path.read_text("utf-8")), File)
-        except OSError as exc:
-            raise ConfigurationError(f"{path} cannot be read ({exc.strerror}): check IMG2IMG_POOLS_FILE") from exc
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-            raise ConfigurationError(f"{path} is not TOML: {exc}: {REMEDY}") from exc
-        except msgspec.ValidationError as exc:
-            raise ConfigurationError(f"{path}: {exc}: {REMEDY}") from exc
+        content = read_toml(path, File, "IMG2IMG_POOLS_FILE", REMEDY)
         _check_pools(path, content.pools)
         _check_routes(path, content)
         return cls(content.pools, content.routes)

@@ -51,6 +51,10 @@ class Share(msgspec.Struct, frozen=True):
     spend_per_day: float | None = None
 
 
+MILLIONTHS: Final = 1_000_000
+"""Amounts of money are counted in whole millionths."""
+
+
 class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
     """A pool that a job may go to. Times in ms, amounts in millionths; None: no such limit.
 

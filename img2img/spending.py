@@ -10,13 +10,12 @@ from typing import Any, Final
 from arq.connections import ArqRedis
 
 from img2img.queue import SHARD
+from img2img.queue_types import MILLIONTHS
 from img2img.server import translated
 from img2img.upstream import EPOCH
 
 ALL: Final = "*"
 """Stands for all accounts together; no account is called so."""
-PRECISION: Final = 1_000_000
-"""Amounts are stored as whole numbers of millionths."""
 
 
 class Spending:
@@ -34,7 +33,7 @@ class Spending:
         with translated():
             found: Any = self._redis.hgetall(f"{self._prefix}{pool}:{(day - EPOCH).days}")
             spent: dict[bytes, bytes] = await found
-        return {account.decode(): int(amount) / PRECISION for account, amount in spent.items()}
+        return {account.decode(): int(amount) / MILLIONTHS for account, amount in spent.items()}
 
     async def today_in(self, pools: Sequence[str]) -> dict[str, float]:
         """What was spent in each of ``pools`` today by all accounts, as :meth:`of` has it; a trip for each pool."""
@@ -42,7 +41,7 @@ class Spending:
         for pool in pools:
             with translated():
                 found: Any = self._redis.hget(f"{self._prefix}{pool}:{day}", ALL)
-                amounts[pool] = int(await found or 0) / PRECISION
+                amounts[pool] = int(await found or 0) / MILLIONTHS
         return amounts
 
     async def today(self) -> date:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from img2img.up import Supervisor, UpOptions
 
-MODEL_PATH: Final = "@cf/runwayml/stable-diffusion-v1-5-img2img"
 ENGINES: Final = ("auto", "diffusion", "cloudflare", "fake")
 READY: Final = """
 img2img is ready.

@@ -4,11 +4,11 @@
 -- A pool that was given up is given another chance after this long, so that whoever scales it sees work for it.
 local DEAD_RETRY = 300000
 -- What waits longer than this for another try in its pool had better go elsewhere.
-local STUCK = 5000
+local LONGEST_PAUSE = 5000
 local LOOK_AGAIN, MOVED_LATELY, SOONEST_LOOK = 5000, 2000, 1000
 -- So many jobs at most are looked at in one go.
 local LOOKS = 20
-local FINE, LATE, STUCK_THERE, DEAD = 0, 1, 2, 3
+local FINE, LATE, PUT_OFF, DEAD = 0, 1, 2, 3
 
 -- Milliseconds until a pool has a worker: 0 when it has one, nil when it counts as dead.
 local function start_of(pool, queue, totals)
@@ -35,7 +35,7 @@ local function outlook(pool, job, id)
   local due = id and redis.call('ZSCORE', queue.delayed, id)
   if due then
     view.wait = math.max(0, due - NOW) / 1000
-    view.is_stuck = due - NOW > STUCK
+    view.is_put_off = due - NOW > LONGEST_PAUSE
   elseif view.start > 0 then
     view.wait = view.start / 1000
   else
@@ -63,7 +63,7 @@ end
 -- done in time; or it is fine.
 local function rank_of(view, job)
   if not view.start then return DEAD end
-  if view.is_stuck then return STUCK_THERE end
+  if view.is_put_off then return PUT_OFF end
   local slack = slack_of(view, job)
   return slack and slack < 0 and LATE or FINE
 end
@@ -103,7 +103,7 @@ local function routed(id)
     expires = tonumber(v[7]), score = v[8], units = v[9], weight = v[10], crashes = v[11], reserved = v[12] }
 end
 
-local WHY = { [FINE] = 'preferred', [LATE] = 'late', [STUCK_THERE] = 'late', [DEAD] = 'no_workers' }
+local WHY = { [FINE] = 'preferred', [LATE] = 'late', [PUT_OFF] = 'late', [DEAD] = 'no_workers' }
 
 local function move(id, job, from, view, why)
   leave_waiting(id, from, job.account, job.units)
