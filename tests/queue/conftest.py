@@ -35,3 +35,13 @@ async def redis(valkey_url: str) -> AsyncIterator[ArqRedis]:
 @pytest.fixture
 def queue(redis: ArqRedis) -> JobQueue:
     return JobQueue(redis, attempts=2)
+
+
+@pytest.fixture
+def local(queue: JobQueue) -> JobQueue:
+    return queue.sibling("local")
+
+
+@pytest.fixture
+def burst(queue: JobQueue) -> JobQueue:
+    return queue.sibling("burst")

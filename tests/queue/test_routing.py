@@ -1,79 +1,20 @@
-"""Which pool a job goes to, when it moves on, and what that may cost."""
+"""Which pool a job goes to, and when it moves on."""
 
 import asyncio
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 from arq.connections import ArqRedis
 
 from gateway.upkeep import run_upkeep_of_others
 from img2img.blobs import RedisBlobs
-from img2img.errors import NoCapacity, QueueFull, SpendCapReached
+from img2img.errors import NoCapacity, QueueFull
 from img2img.events import EventHub
-from img2img.jobs import Failure, JobState, Move, Outcome
+from img2img.jobs import JobState, Move
 from img2img.queue import JobQueue
-from img2img.queue_types import Candidate, Claim, Join, Share, Waiter, WorkerInfo
-from tests.days import keep_within_a_day
+from img2img.queue_types import Candidate, Join, Share, Waiter
 from tests.queue.calls import LEASE, SUCCEEDED, claim_one, submit
-
-BUSY = Failure("upstream_busy", "The upstream takes no call now")
-
-
-@pytest.fixture(autouse=True)
-def _all_on_one_day() -> None:
-    keep_within_a_day(5.0)
-
-
-@pytest.fixture
-def local(queue: JobQueue) -> JobQueue:
-    return queue.sibling("local")
-
-
-@pytest.fixture
-def burst(queue: JobQueue) -> JobQueue:
-    return queue.sibling("burst")
-
-
-async def work(queue: JobQueue, slots: int = 1) -> None:
-    """Have a worker say that it lives."""
-    info = WorkerInfo(f"at-{queue.name}", slots, "fake", "fake", "cpu", 256 * 256)
-    await queue.beat(info, [], lease=LEASE, ttl=60)
-
-
-async def go_away(queue: JobQueue) -> None:
-    await queue.sign_off(f"at-{queue.name}")
-
-
-async def measure(queue: JobQueue, seconds: float) -> None:
-    """Let jobs be measured that run about ``seconds``."""
-    for _ in range(3):
-        await submit(queue)
-        claim = await claim_one(queue)
-        await asyncio.sleep(seconds)
-        await queue.finish(claim, SUCCEEDED)
-
-
-def pools(*, local: dict[str, Any] | None = None, burst: dict[str, Any] | None = None) -> Sequence[Candidate]:
-    return Candidate("local", **(local or {})), Candidate("burst", **(burst or {}))
-
-
-async def pool_of(queue: JobQueue, job_id: str) -> str:
-    return (await queue.get(job_id)).pool
-
-
-async def spent(redis: ArqRedis, account: str = "acme") -> tuple[int, int]:
-    """What an account's jobs in `burst` came to today, and those of all accounts."""
-    day = (datetime.now(UTC) - datetime(1970, 1, 1, tzinfo=UTC)).days
-    own, every = await redis.hmget(f"img2img:{{0}}:spend:burst:{day}", [account, "*"])
-    return int(own or 0), int(every or 0)
-
-
-async def look(*queues: JobQueue) -> None:
-    """What gateways do once a second or more often."""
-    for queue in queues:
-        await queue.sweep()
+from tests.queue.pools import BUSY, go_away, look, measure, pool_of, pools, work
 
 
 async def test_the_first_pool_that_is_fine_is_taken(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
@@ -284,31 +225,6 @@ async def test_many_looks_that_are_due_are_not_left_for_later(queue: JobQueue, l
     assert due != 0
 
 
-async def test_a_late_word_about_an_earlier_call_changes_nothing(
-    queue: JobQueue, redis: ArqRedis, burst: JobQueue
-) -> None:
-    await work(burst)
-    claim = await started(queue, burst, tenant_cap=100)
-    await burst.sent(claim, 1, "fail")
-    await burst.sent(claim, 1, None)
-    await burst.sent(claim, 2, "fail")
-    await burst.sent(claim, 1, None)
-    await burst.release(claim, BUSY, "interruptions")
-    assert (await queue.get(claim.id)).state == JobState.FAILED
-    assert await spent(redis) == (10, 10)
-
-
-async def test_a_call_that_a_cancel_prevents_costs_nothing(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
-    """It was on record, the answer to that was lost, and meanwhile the job was canceled."""
-    await work(burst)
-    claim = await started(queue, burst, tenant_cap=100)
-    await burst.sent(claim, 1, "fail")
-    await queue.cancel(claim.id)
-    assert await burst.sent(claim, 1, "fail") is not None
-    await burst.finish(claim, Outcome(state=JobState.CANCELED))
-    assert await spent(redis) == (0, 0)
-
-
 async def test_what_is_left_in_a_pool_that_nobody_names_ends(queue: JobQueue, redis: ArqRedis) -> None:
     """Gateways see to the queues that their settings do not know, too."""
     job_id = await submit(queue, seconds=0.05, pools=[Candidate("gone")])
@@ -359,112 +275,6 @@ async def test_who_waits_for_a_job_keeps_it_when_it_moves(queue: JobQueue, local
     assert (await queue.get(job_id)).state == JobState.CANCELED
 
 
-async def test_a_cap_bounds_what_goes_to_a_pool(
-    queue: JobQueue, redis: ArqRedis, local: JobQueue, burst: JobQueue
-) -> None:
-    """Each tenant's, and that of all; what cannot go there waits where it is."""
-    await work(burst)
-    both = pools(burst={"price": 10, "cap": 50, "tenant_cap": 30})
-    mine = [await pool_of(queue, await submit(queue, pools=both)) for _ in range(5)]
-    others = [await pool_of(queue, await submit(queue, account="other", pools=both)) for _ in range(5)]
-    assert mine == ["burst"] * 3 + ["local"] * 2
-    assert others == ["burst"] * 2 + ["local"] * 3
-    assert await spent(redis) == (30, 50)
-    await look(local)
-    assert (await local.stats()).queued == 5
-
-
-async def test_where_every_pool_is_too_dear_a_job_is_refused(queue: JobQueue, burst: JobQueue) -> None:
-    await work(burst)
-    only = [Candidate("burst", price=10, tenant_cap=9)]
-    with pytest.raises(SpendCapReached) as refused:
-        await submit(queue, pools=only)
-    assert 0 < refused.value.retry_after <= 24 * 3600
-
-
-async def test_what_was_not_called_costs_nothing(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
-    """Canceled, expired, moved away, or ended by an engine that made no call."""
-    await work(burst)
-    only = [Candidate("burst", price=10, tenant_cap=100)]
-    canceled, failing = await submit(queue, pools=only), await submit(queue, pools=only)
-    assert await spent(redis) == (20, 20)
-    await queue.cancel(canceled)
-    assert await spent(redis) == (10, 10)
-    claim = await claim_one(burst)
-    assert claim.id == failing
-    await queue.cancel(failing)
-    await burst.release(claim, BUSY, "interruptions")
-    assert await spent(redis) == (0, 0)
-
-
-async def test_a_call_that_made_no_picture_costs_nothing(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
-    """Its price pays for the next call; what was said twice is paid once."""
-    await work(burst)
-    claim = await started(queue, burst, tenant_cap=100)
-    for call in (1, 2):
-        for _ in range(2):
-            assert await burst.sent(claim, call, "retry") is None
-        if call == 1:
-            for _ in range(2):
-                assert await burst.sent(claim, call, None) is None
-    await burst.finish(claim, SUCCEEDED)
-    assert await spent(redis) == (10, 10)
-
-
-async def test_a_picture_made_without_a_call_is_paid_for(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
-    """Machines that are rented have a price, too; what they do not bring to an end costs nothing."""
-    await work(burst)
-    for outcome, spent_by_then in ((SUCCEEDED, 10), (Outcome(state=JobState.FAILED, error=BUSY), 10)):
-        await burst.finish(await started(queue, burst, tenant_cap=100), outcome)
-        assert await spent(redis) == (spent_by_then, spent_by_then)
-
-
-async def test_a_lost_call_stays_paid(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
-    """The next one is paid anew, within the cap; without room for it none is made today."""
-    await work(burst)
-    claim = await started(queue, burst, tenant_cap=20)
-    assert await burst.sent(claim, 1, "retry") is None
-    await burst.release(claim, BUSY, "interruptions")
-    claim = await claim_one(burst)
-    assert await burst.sent(claim, 1, "retry") is None
-    assert await spent(redis) == (20, 20)
-    with pytest.raises(SpendCapReached):
-        await burst.sent(claim, 2, "retry")
-    await burst.release(claim, BUSY, "interruptions", delay=60)
-    assert await spent(redis) == (20, 20)
-
-
-async def test_what_was_reserved_yesterday_counts_on_the_day_of_the_call(
-    queue: JobQueue, redis: ArqRedis, burst: JobQueue
-) -> None:
-    await work(burst)
-    claim = await started(queue, burst, tenant_cap=10)
-    pool, day, amount = (await redis.hget(f"{queue.prefix}job:{claim.id}", "reserved")).decode().split()  # type: ignore[misc]
-    yesterday = f"{queue.prefix}spend:{pool}:{int(day) - 1}"
-    await redis.hset(f"{queue.prefix}job:{claim.id}", "reserved", f"{pool} {int(day) - 1} {amount}")  # type: ignore[misc]
-    await redis.rename(f"{queue.prefix}spend:{pool}:{day}", yesterday)
-    assert await burst.sent(claim, 1, "retry") is None
-    assert await spent(redis) == (10, 10)
-    assert await redis.hget(yesterday, "acme") == b"0"  # type: ignore[misc]
-
-
-async def test_a_replay_is_paid_anew(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
-    """Or not made, when it would cost more than may be spent."""
-    await work(burst)
-    claim = await started(queue, burst, tenant_cap=20)
-    for spent_by_now in (10, 20):
-        await burst.sent(claim, 1, "fail")
-        await burst.release(claim, BUSY, "failures")
-        assert (await queue.get(claim.id)).state == JobState.FAILED
-        assert await spent(redis) == (spent_by_now, spent_by_now)
-        if spent_by_now == 10:
-            await queue.replay(claim.id, 60)
-            claim = await claim_one(burst)
-    with pytest.raises(SpendCapReached):
-        await queue.replay(claim.id, 60)
-    assert (await queue.get(claim.id)).state == JobState.FAILED
-
-
 async def test_a_replay_goes_where_there_is_a_worker(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
     await work(local)
     job_id = await submit(queue, pools=pools())
@@ -482,9 +292,3 @@ async def test_an_idempotency_key_finds_a_job_that_moved(queue: JobQueue, local:
     await asyncio.sleep(0.01)
     await look(local)
     assert await submit(queue, join=join, pools=pools(), share=Share()) == job_id
-
-
-async def started(queue: JobQueue, burst: JobQueue, tenant_cap: int) -> Claim:
-    """A claimed job of a pool in which a call costs 10."""
-    await submit(queue, pools=[Candidate("burst", price=10, tenant_cap=tenant_cap)])
-    return await claim_one(burst)
