@@ -158,33 +158,36 @@ async def test_a_full_page_rings_again(queue: JobQueue) -> None:
     assert found == list(range(1, count + 1))
 
 
-async def break_hub(queue: JobQueue) -> None:
-    """A defect that no reconnect mends: the hub's next connection cannot even be made."""
-    queue.redis.connection_pool.connection_kwargs["no_such_option"] = 1
-    await kill_subscriptions(queue)
+async def test_a_failed_hub_ends_its_block(valkey_url: str, queue: JobQueue) -> None:
+    """Whoever waits gets an error at once, and so does who comes then; the process does not live on deaf.
 
-
-async def test_a_failed_hub_ends_its_block(queue: JobQueue) -> None:
-    """Whoever waits gets an error at once, and so does who comes then; the process does not live on deaf."""
+    The defect is one that no reconnect mends: the hub's next connection cannot even be made. Its followers read over
+    a pool that nobody else uses, so that theirs is there already and they notice the hub's failure alone.
+    """
     job_id = new_job()
     caught: list[Unavailable] = []
     hubs: list[EventHub] = []
     waiting: list[asyncio.Task[None]] = []
+    has_read = asyncio.Event()
 
     async def wait(hub: EventHub) -> None:
         async with hub.follow(job_id) as follower:
             try:
+                await follower.read()
+                has_read.set()
                 while True:
                     await follower.next(60)
             except Unavailable as exc:
                 caught.append(exc)
 
     async def block() -> None:
-        async with asyncio.timeout(PROMPTLY), EventHub(queue) as hub:
+        async with asyncio.timeout(PROMPTLY), open_redis(valkey_url) as redis, EventHub(JobQueue(redis)) as hub:
             hubs.append(hub)
             waiting.append(asyncio.create_task(wait(hub)))
+            await has_read.wait()
             await until_channels(queue, job_id)
-            await break_hub(queue)
+            redis.connection_pool.connection_kwargs["no_such_option"] = 1
+            await kill_subscriptions(queue)
             await asyncio.Event().wait()
 
     with pytest.raises(ExceptionGroup) as failure:
