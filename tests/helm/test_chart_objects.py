@@ -132,12 +132,29 @@ def test_a_pool_has_its_queue_kind_and_resources(releases: Releases) -> None:
     rendered = releases["helm4", "everything"]
     gpu = rendered.named("Deployment", "pictures-worker-gpu")["spec"]["template"]["spec"]["containers"][0]
     assert gpu["image"] == "img2img-worker:0.1.0-cuda"
-    assert gpu["resources"]["limits"]["nvidia.com/mig-2g.20gb"] == 2
+    assert gpu["resources"]["limits"]["example.com/h100"] == 2
     assert gpu["resources"]["limits"]["memory"] == "6Gi"
     assert environment(gpu)["IMG2IMG_QUEUE"] == "gpu"
     burst = rendered.named("Deployment", "pictures-worker-burst")["spec"]["template"]["spec"]["containers"][0]
     assert burst["image"] == "img2img-worker:0.1.0-proxy"
     assert "nvidia.com/gpu" not in burst["resources"]["limits"]
+
+
+@pytest.mark.parametrize(
+    ("given", "device"),
+    [
+        ({"kind": "gpu"}, "cuda:0"),
+        ({"kind": "gpu", "gpus": 3}, "cuda:0,cuda:1,cuda:2"),
+        ({"kind": "gpu", "gpus": 0}, "cuda"),
+        ({"kind": "gpu", "settings": {"device": "auto"}}, "auto"),
+        ({"kind": "cpu"}, None),
+    ],
+)
+def test_a_gpu_pool_uses_all_its_gpus_and_no_cpu(given: dict[str, Any], device: str | None) -> None:
+    """Where the driver is not to be seen a worker ends and says so, in place of taking minutes for each picture."""
+    rendered = render("helm4", MINIMAL | {"pools": [pool(**given)]})
+    [container] = rendered.named("Deployment", f"{PICTURES}-worker-cpu")["spec"]["template"]["spec"]["containers"]
+    assert environment(container).get("IMG2IMG_DEVICE") == device
 
 
 def test_a_digest_wins_over_a_tag(releases: Releases) -> None:
