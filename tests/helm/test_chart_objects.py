@@ -287,9 +287,12 @@ def test_a_gateway_is_ready_without_workers() -> None:
 def test_a_worker_may_load_for_as_long_as_its_watchdog_allows(settings: dict[str, Any], seconds: int) -> None:
     """And is live by its own word, which has nothing of Redis."""
     rendered = render("helm4", MINIMAL | {"poolDefaults": {"settings": settings}})
-    [container] = rendered.named("Deployment", f"{PICTURES}-worker-cpu")["spec"]["template"]["spec"]["containers"]
+    spec = rendered.named("Deployment", f"{PICTURES}-worker-cpu")["spec"]
+    [container] = spec["template"]["spec"]["containers"]
     startup = container["startupProbe"]
     assert startup["failureThreshold"] * startup["periodSeconds"] == seconds
+    # Kubernetes' own ten minutes would call the update failed meanwhile.
+    assert spec["progressDeadlineSeconds"] > seconds + spec["template"]["spec"]["terminationGracePeriodSeconds"]
     assert startup["httpGet"] == {"path": "/health/ready", "port": "metrics"}
     assert container["livenessProbe"]["httpGet"] == {"path": "/health/live", "port": "metrics"}
 
