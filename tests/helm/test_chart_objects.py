@@ -332,6 +332,24 @@ def test_weights_come_from_one_place(releases: Releases) -> None:
     ]  # fmt: skip
 
 
+def test_a_download_has_the_variables_and_files_of_its_pool() -> None:
+    """A proxy and an authority of one's own are for the weights, too."""
+    weights = {"path": "m", "download": {"url": "https://models/m", "sha256": "0" * 64}}
+    more = {
+        "extraEnv": [{"name": "SSL_CERT_FILE", "value": "/more/ca.crt"}],
+        "extraEnvFrom": [{"configMapRef": {"name": "proxies"}}],
+        "extraVolumes": [{"name": "more", "configMap": {"name": "authority"}}],
+        "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
+    }
+    rendered = render("helm4", MINIMAL | {"pools": [pool(weights=weights, **more)]})
+    spec = rendered.named("Deployment", f"{PICTURES}-worker-cpu")["spec"]["template"]["spec"]
+    [fetch] = spec["initContainers"]
+    for container in (fetch, *spec["containers"]):
+        assert more["extraVolumeMounts"][0] in container["volumeMounts"]
+        assert more["extraEnvFrom"][0] in container["envFrom"]
+        assert environment(container)["SSL_CERT_FILE"] == "/more/ca.crt"
+
+
 def test_the_test_makes_a_picture_with_a_key(releases: Releases) -> None:
     """`helm test` is a job, through the service's gRPC port."""
     pod = releases["helm4", "none-autoscaling"].named("Pod", f"{PICTURES}-test")
