@@ -59,10 +59,28 @@
 {{- include "img2img.checkModel" $given }}
 {{- include "img2img.checkMoney" $given }}
 {{- include "img2img.checkScaling" $given }}
+{{- include "img2img.checkReckoning" $given }}
 {{- include "img2img.checkSettings" (dict "where" (printf "%s: settings" $where) "settings" (include "img2img.workerSettings" $given | fromYaml)) }}
 {{- $least := include "img2img.workerGrace" $given | int }}
 {{- if and .terminationGracePeriodSeconds (lt (int .terminationGracePeriodSeconds) $least) }}
 {{- fail (printf "%s: terminationGracePeriodSeconds (%v) is less than drainSeconds, the lease and 10 more (%d): raise it, or unset it to have that" $where .terminationGracePeriodSeconds $least) }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Gateways reckon what a proxy pool owes with settings of its workers: with others they would want a wrong number. */}}
+{{- define "img2img.checkReckoning" -}}
+{{- $workers := include "img2img.workerSettings" . | fromYaml }}
+{{- $gateways := include "img2img.joined" (list .root.Values.settings .root.Values.gateway.settings) | fromYaml }}
+{{- $names := list "upstream_max_concurrency" }}
+{{- if not (hasKey .pool "callsPerMinute") }}
+{{- $names = concat $names (list "upstream_account_calls" "upstream_token_calls") }}
+{{- end }}
+{{- if and (eq .pool.kind "proxy") (ne .pool.autoscaling.mode "none") }}
+{{- range $names }}
+{{- if ne (toString (get $workers .)) (toString (get $gateways .)) }}
+{{- fail (printf "%s: settings.%s: gateways reckon with it how many workers are wanted: put it into the chart's settings, for gateways and workers alike" $.where .) }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end -}}
