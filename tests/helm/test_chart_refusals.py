@@ -85,6 +85,10 @@ BY_CHART: list[tuple[dict[str, Any], str]] = [
         "pool cpu: resources.requests.cpu: the HPA reckons in percent of it",
     ),
     ({"settings": {"lease": 3}}, "gateway.settings: lease (3) must be at least twice beat (2)"),
+    (
+        {"tracing": {"endpoint": "https://traces.example.com:443"}},
+        "networkPolicy.tracing.ports has not the port of tracing.endpoint (443): add it",
+    ),
     ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs: name the Gateway"),
     ({"grpcRoute": {"enabled": True}}, "grpcRoute.parentRefs: name the Gateway"),
     ({"ingress": {"grpc": {"enabled": True}}}, "ingress.grpc.hosts: name a host"),

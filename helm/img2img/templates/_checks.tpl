@@ -85,6 +85,16 @@
 {{- end }}
 {{- end -}}
 
+{{/* Traces that a policy stops are missed by nobody until they are needed. */}}
+{{- define "img2img.checkTracing" -}}
+{{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" (urlParse .Values.tracing.endpoint).host) }}
+{{- $ports := list }}
+{{- range .Values.networkPolicy.tracing.ports }}{{ $ports = append $ports (toString .) }}{{ end }}
+{{- if and .Values.networkPolicy.enabled $port (not (has $port $ports)) }}
+{{- fail (printf "networkPolicy.tracing.ports has not the port of tracing.endpoint (%s): add it, or no trace would get out" $port) }}
+{{- end }}
+{{- end -}}
+
 {{- define "img2img.checkModel" -}}
 {{- $pool := .pool }}
 {{- if and $pool.model $pool.weights }}
