@@ -242,8 +242,18 @@ def test_the_hpa_goes_by_demand_or_by_cpu(releases: Releases) -> None:
     assert up["policies"] == [{"type": "Percent", "value": 900, "periodSeconds": 15}]
     assert down["stabilizationWindowSeconds"] == 300
     assert down["policies"] == [{"type": "Pods", "value": 1, "periodSeconds": 60}]
-    small = rendered.named("HorizontalPodAutoscaler", f"{PICTURES}-worker-small")["spec"]
-    assert small["metrics"][0]["resource"]["name"] == "cpu"
+
+
+def test_cpu_is_that_of_the_container_that_requests_it(release: Rendered) -> None:
+    """Of a whole pod the HPA would know none as long as a sidecar requests none."""
+    targets = {item["metadata"]["name"]: item["spec"]["template"]["spec"] for item in release.of("Deployment")}
+    for item in release.of("HorizontalPodAutoscaler"):
+        [metric] = item["spec"]["metrics"]
+        if metric["type"] != "External":
+            source = metric["containerResource"]
+            spec = targets[item["spec"]["scaleTargetRef"]["name"]]
+            [container] = [one for one in spec["containers"] if one["name"] == source["container"]]
+            assert source["name"] in container["resources"]["requests"]
 
 
 @pytest.mark.parametrize(
