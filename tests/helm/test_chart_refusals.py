@@ -115,6 +115,10 @@ BY_CHART: list[tuple[dict[str, Any], str]] = [
         | pools(PROXY | {"autoscaling": {"mode": "hpa"}}),
         "pool burst: settings.upstream_token_calls: gateways reckon with it",
     ),
+    (
+        {"settings": {"safety_checker": "a/checker"}} | pools(CPU, PROXY),
+        "pool burst is of the kind proxy, whose image has nothing to run the safety_checker a/checker with",
+    ),
     (pools(PROXY | {"stepPrice": 1}), "say with tenantSpendPerDay how much a tenant may spend"),
     (pools(PROXY | {"spendPerDay": 1}), "has a cap and no price"),
     (pools(CPU | {"autoscaling": {"mode": "keda"}}), "set scaler.serverSecret and scaler.clientSecret"),

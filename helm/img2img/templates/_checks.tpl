@@ -103,6 +103,10 @@
 {{- if and (has $pool.kind (list "proxy" "fake")) (or $pool.model $pool.weights) }}
 {{- fail (printf "%s is of the kind %s, which loads no model: leave model and weights out" .where $pool.kind) }}
 {{- end }}
+{{- $checker := get (include "img2img.workerSettings" . | fromYaml) "safety_checker" | default "fake" }}
+{{- if and (has $pool.kind (list "proxy" "fake")) (ne $checker "fake") }}
+{{- fail (printf "%s is of the kind %s, whose image has nothing to run the safety_checker %s with: set that in the settings of the other pools only" .where $pool.kind $checker) }}
+{{- end }}
 {{- with $pool.weights }}
 {{- $sources := 0 }}
 {{- range list "claim" "image" "download" }}{{ if hasKey $pool.weights . }}{{ $sources = add1 $sources }}{{ end }}{{ end }}
