@@ -88,6 +88,14 @@ def test_the_chart_reckons_with_the_defaults_of_the_settings() -> None:
         render("helm4", MINIMAL | {"settings": {"lease": 1.9 * default.beat}})
 
 
+def test_traces_say_where_a_process_is_and_leave_the_rest_to_it(releases: Releases) -> None:
+    """Its version is that of its image, whatever the chart's is."""
+    for name, container in releases["helm4", "everything"].containers():
+        if name.endswith(("/gateway", "/worker")):
+            said = environment(container)["OTEL_RESOURCE_ATTRIBUTES"]
+            assert said == "k8s.namespace.name=imaging,k8s.pod.name=$(POD_NAME)"
+
+
 def test_values_become_fields_of_pools(releases: Releases, tmp_path: Path) -> None:
     """Numbers, switches and texts; what is left out stays out."""
     pools = Pools.load(pools_file(releases["helm4", "proxy-pools"], tmp_path)).by_name
