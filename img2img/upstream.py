@@ -83,6 +83,15 @@ class UpstreamLedger:
 
     async def admit(self, credentials: Sequence[Credential]) -> Credential | Pause:
         """Take one call out of the limits of the one of ``credentials`` with most room."""
+        number, *pause = await self._ask(credentials, takes=True)
+        return _pause(pause) or credentials[int(number) - 1]
+
+    async def pause(self, credentials: Sequence[Credential]) -> Pause | None:
+        """For how long none of ``credentials`` may make a call; None if one may now. Asking takes nothing."""
+        _, *pause = await self._ask(credentials, takes=False)
+        return _pause(pause)
+
+    async def _ask(self, credentials: Sequence[Credential], *, takes: bool) -> Any:
         rates = self._rates
         windows = (
             rates.account_calls,
@@ -91,10 +100,7 @@ class UpstreamLedger:
             milliseconds(rates.token_window),
         )
         pairs = [value for credential in credentials for value in msgspec.structs.astuple(credential)]
-        number, *pause = await self._run("upstream_admit", *windows, *pairs)
-        if pause:
-            return Pause(pause[0] / 1000, pause[1].decode())
-        return credentials[int(number) - 1]
+        return await self._run("upstream_admit", *windows, int(takes), *pairs)
 
     async def settle(
         self,
@@ -141,6 +147,10 @@ class UpstreamLedger:
     async def _run(self, script: str, *arguments: Any) -> Any:
         with translated():
             return await self._scripts[script](keys=[self._prefix], args=[NO_QUEUE, *arguments])
+
+
+def _pause(told: Sequence[Any]) -> Pause | None:
+    return Pause(told[0] / 1000, told[1].decode()) if told else None
 
 
 @asynccontextmanager

@@ -84,6 +84,17 @@ async def test_a_lower_limit_counts_at_once(redis: ArqRedis) -> None:
     assert await admitted(ledger_of(redis, account=5), FIRST, calls=5) == {"first": 1, "": 4}
 
 
+async def test_who_only_asks_takes_nothing(redis: ArqRedis) -> None:
+    ledger = ledger_of(redis, account=1)
+    assert [await ledger.pause([FIRST]) for _ in range(3)] == [None, None, None]
+    assert await ledger.accounts() == []
+    assert await admitted(ledger, FIRST, calls=1) == {"first": 1}
+    pause = await ledger.pause([FIRST])
+    assert pause is not None
+    assert pause.why == "limited"
+    assert await ledger.pause([FIRST, SECOND]) is None
+
+
 async def test_the_account_with_most_room_makes_the_call(redis: ArqRedis) -> None:
     """Until all are full, they share evenly; one that was used before has less left."""
     ledger = ledger_of(redis)
