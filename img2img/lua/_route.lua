@@ -8,6 +8,8 @@ local LONGEST_PAUSE = 5000
 local LOOK_AGAIN, MOVED_LATELY, SOONEST_LOOK = 5000, 2000, 1000
 -- So many jobs at most are looked at in one go.
 local LOOKS = 20
+-- Added to the time at which a job was looked at while nobody worked in its pool: it comes after all others then.
+local LOOKED_AT = 1e15
 local FINE, LATE, PUT_OFF, DEAD = 0, 1, 2, 3
 
 -- Milliseconds until a pool has a worker: 0 when it has one, nil when it counts as dead.
@@ -122,11 +124,6 @@ local function move(id, job, from, view, why)
     cjson.encode({ pool = view.queue.name, moved = { from = from.name, why = why } }))
 end
 
-local function look_later(queue, id, at)
-  redis.call('ZADD', queue.movable, 'XX', int(at), id)
-  return false
-end
-
 -- The pool to which a queued job had better go, if there is one: a better one than `here`, or one that it prefers and
 -- that would start it at once.
 local function better_than(here, rank, pools, job)
@@ -143,42 +140,39 @@ local function better_than(here, rank, pools, job)
   return best and (rank == FINE or best.rank < rank) and best or nil
 end
 
--- Moves a queued job, if it had better be elsewhere. Answers whether it did.
+-- Moves a queued job, if it had better be elsewhere; if not, it answers when to look at it again.
 local function reconsider(id, from)
   local job = routed(id)
   if not job then
     redis.call('ZREM', from.movable, id)
-    return false
+    return nil
   end
-  if job.since > NOW then return look_later(from, id, job.since + SOONEST_LOOK) end
+  if job.since > NOW then return job.since + SOONEST_LOOK end
   local pools = cjson.decode(job.pools)
   local here = outlook(pool_named(pools, from.name), job, id)
   local rank = rank_of(here, job)
   local best = better_than(here, rank, pools, job)
   if best then
     move(id, job, from, best, WHY[rank])
-    return true
+    return nil
   end
   local slack = rank == FINE and (slack_of(here, job) or job.expires - NOW)
-  return look_later(from, id, NOW + (slack and math.max(SOONEST_LOOK, slack / 2) or LOOK_AGAIN))
+  return NOW + (slack and math.max(SOONEST_LOOK, slack / 2) or LOOK_AGAIN)
 end
 
--- Moves jobs whose time to be looked at has come; all of them, a few at a time, when nobody works in their pool.
--- Answers how many, and whether others may be as due.
+-- Moves jobs whose time to be looked at has come; all of them, a few at a time and in turn, when nobody works in their pool.
+-- Answers whether others may be as due.
 local function overflow(queue)
-  local cursor, ids = nil, nil
-  if number_of(queue.totals, 'slots') > 0 then
-    ids = redis.call('ZRANGEBYSCORE', queue.movable, '-inf', int(NOW), 'LIMIT', 0, LOOKS)
-  else
-    cursor = number_of(queue.totals, 'cursor')
-    ids = redis.call('ZRANGE', queue.movable, cursor, cursor + LOOKS - 1)
+  local works, moved = number_of(queue.totals, 'slots') > 0, false
+  local ids = redis.call('ZRANGEBYSCORE', queue.movable, '-inf', works and int(NOW) or '+inf', 'LIMIT', 0, LOOKS)
+  if works and #ids < LOOKS then
+    local left = redis.call('ZRANGEBYSCORE', queue.movable, int(LOOKED_AT), '+inf', 'LIMIT', 0, LOOKS - #ids)
+    for _, id in ipairs(left) do ids[#ids + 1] = id end
   end
-  local moved, stayed = 0, 0
   for _, id in ipairs(ids) do
-    if reconsider(id, queue) then moved = moved + 1 else stayed = stayed + 1 end
+    local at = reconsider(id, queue)
+    moved = moved or not at
+    if at then redis.call('ZADD', queue.movable, 'XX', int(works and at or LOOKED_AT + NOW), id) end
   end
-  if cursor then
-    redis.call('HSET', queue.totals, 'cursor', #ids < LOOKS and 0 or cursor + stayed)
-  end
-  return moved, moved > 0 or (not cursor and #ids == LOOKS)
+  return moved or (works and #ids == LOOKS)
 end

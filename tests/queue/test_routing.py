@@ -111,6 +111,18 @@ async def test_queued_jobs_leave_a_dead_pool(queue: JobQueue, local: JobQueue, b
     assert ended == set(jobs)
 
 
+async def test_jobs_of_a_dead_pool_are_looked_at_in_turn(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    """Those behind many that cannot go, too; and all of them when somebody works there again."""
+    dear = pools(burst={"price": 10, "tenant_cap": 9})
+    jobs = [await submit(queue, pools=pools() if 20 <= number < 40 else dear) for number in range(60)]
+    await work(burst)
+    for _ in range(3):
+        await look(local)
+    assert [await pool_of(queue, job_id) for job_id in jobs] == ["local"] * 20 + ["burst"] * 20 + ["local"] * 20
+    await work(local)
+    assert [due for _, due in [await local.sweep() for _ in range(2)]] == [0, 0]
+
+
 async def test_the_log_tells_of_a_move(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
     await work(burst)
     job_id = await submit(queue, pools=pools(local={"start": 1}))
