@@ -12,16 +12,19 @@ local LOOKS = 20
 local LOOKED_AT = 1e15
 local FINE, LATE, PUT_OFF, DEAD = 0, 1, 2, 3
 
--- Milliseconds until a pool has a worker: 0 when it has one, nil when it counts as dead.
-local function start_of(pool, queue, totals)
-  if (totals.slots or 0) > 0 then return 0 end
+-- Milliseconds until a pool has a worker: 0 when it has one, nil when it counts as dead. And whether it was given up for so
+-- long that whoever goes there or waits there gives it another chance.
+local function start_of(pool, totals)
+  if (totals.slots or 0) > 0 then return 0, false end
   -- The server's clock may have gone back, in a failover.
   local start, waited = pool.start or 0, math.max(0, NOW - (totals.unserved or NOW))
-  if waited > start + DEAD_RETRY then
-    redis.call('HSET', queue.totals, 'unserved', int(NOW))
-    waited = 0
-  end
-  return waited < start and start - waited or nil
+  local is_retried = waited > start + DEAD_RETRY
+  if is_retried then waited = 0 end
+  return waited < start and start - waited or nil, is_retried
+end
+
+local function give_chance(view)
+  if view.is_retried then redis.call('HSET', view.queue.totals, 'unserved', int(NOW)) end
 end
 
 -- What a pool has to offer a job: {account, size, pixels, steps, score, since}, of which `id` is queued there, if given.
@@ -31,9 +34,12 @@ local function outlook(pool, job, id)
   local measures = measures_of(queue, totals.engine, job.size)
   local view = { pool = pool, queue = queue, totals = totals, area = relative_area(totals, job.pixels) }
   view.seconds, view.measured = service_seconds(measures, job.steps, view.area)
-  -- Who works when a later start comes, nobody knows.
-  view.start = job.since > NOW and 0 or start_of(pool, queue, totals)
-  if not view.start or job.since > NOW then return view end
+  if job.since > NOW then
+    view.start = 0  -- who works when a later start comes, nobody knows
+    return view
+  end
+  view.start, view.is_retried = start_of(pool, totals)
+  if not view.start then return view end
   local due = id and redis.call('ZSCORE', queue.delayed, id)
   if due then
     view.wait = math.max(0, due - NOW) / 1000
@@ -90,6 +96,7 @@ end
 
 -- What is written on a job that goes to a pool: where it is, and the work that it is there.
 local function assign(id, job, view)
+  give_chance(view)
   job.units = int(1000 * job.steps * view.area)
   redis.call('HSET', job_key(id), 'queue', view.queue.name, 'area', decimal(view.area), 'units', job.units)
   local reservation = reserve(view.pool, job.account)
@@ -150,6 +157,7 @@ local function reconsider(id, from)
   if job.since > NOW then return job.since + SOONEST_LOOK end
   local pools = cjson.decode(job.pools)
   local here = outlook(pool_named(pools, from.name), job, id)
+  give_chance(here)
   local rank = rank_of(here, job)
   local best = better_than(here, rank, pools, job)
   if best then

@@ -171,6 +171,22 @@ async def test_a_job_goes_back_to_a_pool_that_can_start_it(queue: JobQueue, loca
         assert (await follower.read())[-1].move == Move("burst", "preferred")
 
 
+async def test_a_pool_is_given_another_chance_by_a_job_that_comes(
+    queue: JobQueue, redis: ArqRedis, local: JobQueue, burst: JobQueue
+) -> None:
+    """Not by jobs that wait elsewhere and stay there: whoever scales it would see no work."""
+    await work(burst)
+    both = pools(local={"start": 1000})
+    await redis.hset(f"{queue.prefix}totals:local", "unserved", 1)  # type: ignore[misc]
+    waiting = await submit(queue, pools=both[1:] + both[:1])
+    assert await pool_of(queue, waiting) == "burst"
+    await redis.zadd(f"{queue.prefix}movable:burst", {waiting: 0})
+    await look(burst)
+    assert await redis.hget(f"{queue.prefix}totals:local", "unserved") == b"1"  # type: ignore[misc]
+    assert await pool_of(queue, await submit(queue, pools=both)) == "local"
+    assert await redis.hget(f"{queue.prefix}totals:local", "unserved") != b"1"  # type: ignore[misc]
+
+
 async def test_a_job_does_not_wait_for_a_pool_to_start_when_its_own_is_back(
     queue: JobQueue, local: JobQueue, burst: JobQueue
 ) -> None:
