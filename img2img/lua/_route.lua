@@ -131,8 +131,8 @@ local function move(id, job, from, view, why)
     cjson.encode({ pool = view.queue.name, moved = { from = from.name, why = why } }))
 end
 
--- The pool to which a queued job had better go, if there is one: a better one than `here`, or one that it prefers and
--- that would start it at once.
+-- The pool to which a queued job had better go, if there is one: a better one than `here`, or one as fine that it prefers
+-- and that would start it at once.
 local function better_than(here, rank, pools, job)
   local is_preferred = true
   local best = best_of(pools, job, function(pool, view)
@@ -144,7 +144,7 @@ local function better_than(here, rank, pools, job)
       or not is_affordable(pool, job.account)
       or ((pool.max_queued or 0) > 0 and redis.call('ZCARD', view.queue.expiry) >= pool.max_queued)
   end)
-  return best and (rank == FINE or best.rank < rank) and best or nil
+  return best and (best.rank < rank or best.rank == FINE) and best or nil
 end
 
 -- Moves a queued job, if it had better be elsewhere; if not, it answers when to look at it again.

@@ -14,7 +14,7 @@ from img2img.jobs import JobState, Move
 from img2img.queue import JobQueue
 from img2img.queue_types import Candidate, Join, Share, Waiter
 from tests.queue.calls import LEASE, SUCCEEDED, claim_one, submit
-from tests.queue.pools import BUSY, go_away, look, measure, pool_of, pools, work
+from tests.queue.pools import BUSY, go_away, look, measure, measured, pool_of, pools, work
 
 
 async def test_the_first_pool_that_is_fine_is_taken(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
@@ -169,6 +169,20 @@ async def test_a_job_goes_back_to_a_pool_that_can_start_it(queue: JobQueue, loca
     assert [await pool_of(queue, job_id) for job_id in jobs] == ["local", "local", "burst"]
     async with EventHub(queue) as hub, hub.follow(jobs[0]) as follower:
         assert (await follower.read())[-1].move == Move("burst", "preferred")
+
+
+async def test_a_job_does_not_go_back_to_a_pool_that_is_too_slow(
+    queue: JobQueue, redis: ArqRedis, local: JobQueue, burst: JobQueue
+) -> None:
+    """It has a free slot, and would not be done with the job in time."""
+    await work(local)
+    await work(burst)
+    await measured(local, 100.0)
+    job_id = await submit(queue, seconds=30, pools=pools())
+    assert await pool_of(queue, job_id) == "burst"
+    await redis.zadd(f"{queue.prefix}movable:burst", {job_id: 0})
+    await look(burst)
+    assert await pool_of(queue, job_id) == "burst"
 
 
 async def test_a_pool_is_given_another_chance_by_a_job_that_comes(
