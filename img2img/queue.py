@@ -237,16 +237,17 @@ class JobQueue:
         answer = await self._scripts.run("preview", claim.id, claim.fence, whole, msgspec.json.encode(bare))
         return None if answer == b"ok" else read_stop(answer)
 
-    async def sent(self, claim: Claim, call: int, on_lost: OnLost | None) -> StopReason | None:
+    async def sent(self, claim: Claim, call: int, on_lost: OnLost | None, *, billed: bool = False) -> StopReason | None:
         """Record, before it is made, a call that may be billed; None takes the word back. Safe to repeat.
 
         ``call`` numbers the attempt's calls; ``on_lost`` is what becomes of the job if the attempt ends without that
-        call's answer. Answers with the reason if the job should stop; after ``LEASE_LOST`` nothing was written.
+        call's answer. With None, what the call costs pays for the next one, unless it was ``billed`` all the same.
+        Answers with the reason if the job should stop; after ``LEASE_LOST`` nothing was written.
 
         Raises:
             SpendCapReached: the call must not be made, because it would cost more than may be spent today.
         """
-        answer = await self._scripts.run("sent", claim.id, claim.fence, call, on_lost or "")
+        answer = await self._scripts.run("sent", claim.id, claim.fence, call, on_lost or "", int(billed))
         if answer.startswith(UNAFFORDABLE):
             raise read_refusal("spend", float(answer.removeprefix(UNAFFORDABLE)), None)
         return None if answer == b"ok" else read_stop(answer)
