@@ -36,12 +36,17 @@ class Credential(msgspec.Struct, frozen=True):
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """How many calls are made within a window (seconds): of an account, and with a token."""
+    """How many calls are made within a window (seconds): of an account, and with a token.
+
+    For ``new_day`` seconds after 00:00 UTC a used-up day may be the one before: of a call that was made on that, or by
+    an upstream whose clock is late.
+    """
 
     account_calls: int = 1500
     account_window: float = 60.0 + ARRIVAL_SPREAD
     token_calls: int = 1200
     token_window: float = 300.0 + ARRIVAL_SPREAD
+    new_day: float = 300.0
 
 
 class Pause(msgspec.Struct, frozen=True):
@@ -114,11 +119,10 @@ class UpstreamLedger:
         """Note what an answer brought, and what it said of its account.
 
         With ``held`` the credential is left alone for so many seconds; with ``parked`` its account until the next
-        00:00 UTC.
+        00:00 UTC, or on a new day for a minute.
         """
-        await self._run(
-            "upstream_settle", *msgspec.structs.astuple(credential), pictures, neurons, milliseconds(held), int(parked)
-        )
+        told = (pictures, neurons, milliseconds(held), int(parked), milliseconds(self._rates.new_day))
+        await self._run("upstream_settle", *msgspec.structs.astuple(credential), *told)
 
     async def accounts(self) -> list[str]:
         """Those with which calls were made lately, by their ids."""
