@@ -27,7 +27,7 @@ local function give_chance(view)
   if view.is_retried then redis.call('HSET', view.queue.totals, 'unserved', int(NOW)) end
 end
 
--- What a pool has to offer a job: {account, size, pixels, steps, score, since}, of which `id` is queued there, if given.
+-- What a pool has to offer a job: {account, size, pixels, steps, score, since, ran}, of which `id` is queued there, if given.
 local function outlook(pool, job, id)
   local queue = queue_named(pool.name)
   local totals = totals_of(queue)
@@ -60,7 +60,9 @@ end
 -- Milliseconds that are left until the job would be late in that pool; nil where nobody knows.
 local function slack_of(view, job)
   local max_wait, slack = view.pool.max_wait, nil
-  if max_wait and not view.is_free then slack = max_wait - math.max(0, NOW - job.since) - 1000 * (view.wait or 0) end
+  if max_wait and not view.is_free then
+    slack = max_wait - math.max(0, NOW - job.since - (job.ran or 0)) - 1000 * (view.wait or 0)
+  end
   if view.expected then
     slack = math.min(slack or math.huge, job.expires - NOW - 1000 * view.expected.p90)
   end
@@ -106,10 +108,11 @@ end
 -- A queued job of a record, in the form that `outlook` and `enqueue` take.
 local function routed(id)
   local v = redis.call('HMGET', job_key(id), 'pools', 'account', 'size', 'pixels', 'steps', 'since', 'expires', 'score',
-    'units', 'weight', 'crashes', 'reserved')
+    'units', 'weight', 'crashes', 'reserved', 'ran')
   if not v[1] then return nil end
   return { pools = v[1], account = v[2], size = v[3], pixels = tonumber(v[4]), steps = tonumber(v[5]), since = tonumber(v[6]),
-    expires = tonumber(v[7]), score = v[8], units = v[9], weight = v[10], crashes = v[11], reserved = v[12] }
+    expires = tonumber(v[7]), score = v[8], units = v[9], weight = v[10], crashes = v[11], reserved = v[12],
+    ran = v[13] }
 end
 
 local WHY = { [FINE] = 'preferred', [LATE] = 'late', [PUT_OFF] = 'late', [DEAD] = 'no_workers' }

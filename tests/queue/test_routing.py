@@ -145,6 +145,28 @@ async def test_what_waits_too_long_moves_on(queue: JobQueue, local: JobQueue, bu
     assert await pool_of(queue, job_id) == "burst"
 
 
+async def test_time_in_which_a_job_ran_was_no_wait(
+    queue: JobQueue, redis: ArqRedis, local: JobQueue, burst: JobQueue
+) -> None:
+    """Its worker shut down after minutes: another one of its pool may go on with it."""
+    await work(local)
+    job_id = await submit(queue, pools=pools(local={"max_wait": 100_000}))
+    claim = await claim_one(local)
+    for name in ("created", "since", "started"):
+        await redis.hincrby(f"{queue.prefix}job:{job_id}", name, -150_000)  # type: ignore[misc]
+    await submit(queue, pools=[Candidate("local")])
+    await claim_one(local)
+    await local.release(claim, BUSY, "interruptions")
+    await work(burst)
+    await redis.zadd(f"{queue.prefix}movable:local", {job_id: 0})
+    await look(local)
+    assert await pool_of(queue, job_id) == "local"
+    await redis.hincrby(f"{queue.prefix}job:{job_id}", "since", -150_000)  # type: ignore[misc]
+    await redis.zadd(f"{queue.prefix}movable:local", {job_id: 0})
+    await look(local)
+    assert await pool_of(queue, job_id) == "burst"
+
+
 async def test_a_job_that_its_pool_put_off_comes_back(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
     """The upstream takes no calls for hours, and the first pool has a worker again."""
     await work(burst)
