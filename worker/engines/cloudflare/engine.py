@@ -182,7 +182,7 @@ class CloudflareEngine:
                 yield await asyncio.to_thread(finish, called, called.picture, account, task, pictures)
                 return
             if called.verdict.outcome is not Outcome.LOST:
-                yield Answered(billed=called.verdict.outcome.action is Action.FAIL)
+                yield Answered(billed=called.was_billed)
             if await _unless(interrupt, asyncio.sleep(tries.pause_after(called, account), True)) is None:
                 return
             yield Progress(Stage.UPSTREAM)
