@@ -59,6 +59,12 @@ def tiny_folder(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
+def tiny(tiny_4_channel_folder: Path) -> DiffusionModel:
+    """A model of its own for each test, so that a test may break it."""
+    return open_model(str(tiny_4_channel_folder), "cpu")
+
+
+@pytest.fixture
 def dog() -> Image.Image:
     return Image.open(DOG).convert("RGB")
 

@@ -132,3 +132,11 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 def _values(picture: Image.Image) -> torch.Tensor:
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
+
+
+def solo(model: DiffusionModel, task: Task, pictures: Pictures) -> base.Image:
+    """What the task becomes when nothing runs beside it."""
+    lane = lane_of(model)
+    ordered = submit(lane, task, pictures)
+    work_until_ended(lane, ordered)
+    return ordered.image

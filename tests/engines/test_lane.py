@@ -8,20 +8,28 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from engine_helpers import EVERY_STEP, LIMITS, Ordered, distance, furthest, lane_of, submit, task_of, work_until_ended
+from engine_helpers import (
+    EVERY_STEP,
+    LIMITS,
+    Ordered,
+    distance,
+    furthest,
+    lane_of,
+    solo,
+    submit,
+    task_of,
+    work_until_ended,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from structlog.contextvars import bound_contextvars, merge_contextvars
-from structlog.testing import capture_logs
 
-from img2img.errors import EngineFailed
 from img2img.jobs import Stage
 from img2img.requests import Sampler
 from worker.engines import base
 from worker.engines.base import Checkpoint, Pictures, Preview, Progress, Shared, Task
 from worker.engines.diffusion.batcher import Limits
-from worker.engines.diffusion.lane import Intervals, Lane
+from worker.engines.diffusion.lane import Lane
 from worker.engines.diffusion.model import DiffusionModel, open_model
 from worker.engines.receipts import pixels_digest
 
@@ -77,19 +85,6 @@ def studio(request: pytest.FixtureRequest) -> Studio:
     alone = [solo(model, task, pictures) for task, pictures in tasks]
     fixed = [solo(model, reproducible(task), pictures) for task, pictures in tasks]
     return Studio(model, tasks, alone, fixed)
-
-
-@pytest.fixture
-def tiny(tiny_4_channel_folder: Path) -> DiffusionModel:
-    """A model of its own for each test, so that a test may break it."""
-    return open_model(str(tiny_4_channel_folder), "cpu")
-
-
-def solo(model: DiffusionModel, task: Task, pictures: Pictures) -> base.Image:
-    lane = lane_of(model)
-    ordered = submit(lane, task, pictures)
-    work_until_ended(lane, ordered)
-    return ordered.image
 
 
 def test_together_as_alone_to_rounding(studio: Studio) -> None:
@@ -287,65 +282,6 @@ def test_a_new_task_joins_at_the_next_step(tiny: DiffusionModel, monkeypatch: py
     assert set(rows[5:]) == {2}
 
 
-def test_numbers_that_are_not_finite_fail_their_task_alone(
-    tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    predict_noise = DiffusionModel.predict_noise
-
-    def spoil(self: DiffusionModel, latents: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        output = predict_noise(self, latents, *rest)
-        output[0] = torch.nan
-        return output
-
-    lane = lane_of(tiny)
-    spoilt, sound = submit(lane, task_of(**SMALL, deadline=1.0)), submit(lane, task_of(**SMALL, deadline=2.0))
-    with torch.inference_mode():
-        lane._pass_seconds = 60.0
-        with monkeypatch.context() as patch:
-            patch.setattr(DiffusionModel, "predict_noise", spoil)
-            lane.turn()
-    work_until_ended(lane, spoilt, sound)
-
-    assert isinstance(spoilt.error, EngineFailed)
-    assert "Step 1 of 4 gave numbers that are not finite" in str(spoilt.error)
-    assert furthest(sound.image.picture, solo(tiny, task_of(**SMALL), Pictures()).picture) <= 1
-
-
-def test_an_error_in_a_pass_fails_the_task_that_causes_it_alone(
-    tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    predict_noise = DiffusionModel.predict_noise
-
-    def fail(self: DiffusionModel, latents: torch.Tensor, timesteps: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        if len(latents) % 2:
-            raise RuntimeError("an unguided job is too much for this model")
-        return predict_noise(self, latents, timesteps, *rest)
-
-    monkeypatch.setattr(DiffusionModel, "predict_noise", fail)
-    lane = lane_of(tiny)
-    culprit, sound = submit(lane, task_of(**SMALL, guidance=1.0)), submit(lane, task_of(**SMALL))
-    work_until_ended(lane, culprit, sound)
-
-    assert isinstance(culprit.error, EngineFailed)
-    assert isinstance(sound.image, base.Image)
-
-
-def test_what_is_logged_of_a_task_names_its_job(tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lane's thread belongs to no job: each task brings what its own job's lines say."""
-
-    def fail(*_: object) -> torch.Tensor:
-        raise RuntimeError("this model takes nothing")
-
-    monkeypatch.setattr(DiffusionModel, "predict_noise", fail)
-    lane, ordered = lane_of(tiny), []
-    for job in ("0-one", "0-other"):
-        with bound_contextvars(job=job):
-            ordered.append(submit(lane, task_of(**SMALL)))
-    with capture_logs([merge_contextvars]) as lines:
-        work_until_ended(lane, *ordered)
-    assert [line["job"] for line in lines if line["event"] == "model_failed"] == ["0-one", "0-other"]
-
-
 def test_a_task_tells_how_it_shared_its_passes(tiny: DiffusionModel) -> None:
     """How many there were, and of how many rows on average: a guided task has two."""
     lane = lane_of(tiny)
@@ -353,81 +289,6 @@ def test_a_task_tells_how_it_shared_its_passes(tiny: DiffusionModel) -> None:
     work_until_ended(lane, longer, shorter)
     assert [output for output in shorter.outputs if isinstance(output, Shared)] == [Shared(3, 4.0)]
     assert [output for output in longer.outputs if isinstance(output, Shared)] == [Shared(6, 3.0)]
-
-
-def test_out_of_memory_makes_passes_smaller_and_fails_nobody(
-    tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    predict_noise = DiffusionModel.predict_noise
-    rows: list[int] = []
-
-    def fill(self: DiffusionModel, latents: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        rows.append(len(latents))
-        if len(latents) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return predict_noise(self, latents, *rest)
-
-    monkeypatch.setattr(DiffusionModel, "predict_noise", fill)
-    lane = lane_of(tiny)
-    ordered = [submit(lane, task_of(**SMALL, seed=seed)) for seed in range(4)]
-    work_until_ended(lane, *ordered)
-
-    assert [one.error for one in ordered] == [None] * 4
-    assert sum(count > 3 for count in rows) <= 2
-
-
-def test_a_task_that_does_not_fit_alone_fails_and_says_what_to_do(
-    tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    predict_noise = DiffusionModel.predict_noise
-
-    def fill(self: DiffusionModel, latents: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        if latents.shape[-1] > 8:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return predict_noise(self, latents, *rest)
-
-    monkeypatch.setattr(DiffusionModel, "predict_noise", fill)
-    lane = lane_of(tiny)
-    large, small = submit(lane, task_of(width=128, height=128)), submit(lane, task_of(**SMALL))
-    work_until_ended(lane, large, small)
-
-    assert isinstance(large.error, EngineFailed)
-    assert "ask for a smaller picture" in str(large.error)
-    assert small.error is None
-
-
-def test_a_stopped_task_takes_no_further_step_and_says_nothing(tiny: DiffusionModel) -> None:
-    lane = lane_of(tiny)
-    stopped, other = submit(lane, task_of(**SMALL, num_steps=20)), submit(lane, task_of(**SMALL, num_steps=20))
-    with torch.inference_mode():
-        while Progress(Stage.STEPS, 3, 20) not in stopped.outputs:
-            lane.turn()
-        stopped.order.stopped.set()
-        said = len(stopped.outputs)
-        lane.turn()
-
-    assert stopped.ended
-    assert stopped.error is None
-    assert len(stopped.outputs) == said
-    work_until_ended(lane, other)
-
-
-def test_an_interrupted_task_ends_with_a_checkpoint_where_it_has_begun(tiny: DiffusionModel) -> None:
-    interrupt = asyncio.Event()
-    lane = lane_of(tiny, intervals=Intervals(checkpoint=0.0))
-    begun, waiting = submit(lane, task_of(**SMALL, num_steps=20), interrupt=interrupt), None
-    with torch.inference_mode():
-        while Progress(Stage.STEPS, 3, 20) not in begun.outputs:
-            lane.turn()
-        waiting = submit(lane, task_of(**SMALL), interrupt=interrupt)
-        interrupt.set()
-        lane.turn()
-
-    assert begun.ended
-    assert begun.outputs[-1] == begun.checkpoints[-1]
-    assert begun.checkpoints[-1].step == 3
-    assert waiting.ended
-    assert waiting.outputs == []
 
 
 def test_previews_come_when_asked_for_and_look_like_the_picture(emoji: DiffusionModel) -> None:
@@ -442,21 +303,6 @@ def test_previews_come_when_asked_for_and_look_like_the_picture(emoji: Diffusion
     own, other = (one.image.picture.resize((32, 32), Image.Resampling.BOX) for one in (asked, plain))
     assert distance(previews[-1].picture, own) < 24
     assert distance(previews[-1].picture, own) < distance(previews[-1].picture, other) / 2
-
-
-def test_closing_fails_what_is_left(tiny: DiffusionModel) -> None:
-    lane = lane_of(tiny)
-    begun, waiting = submit(lane, task_of(**SMALL, num_steps=20)), None
-    with torch.inference_mode():
-        for _ in range(3):
-            lane.turn()
-    waiting = submit(lane, task_of(**SMALL))
-    lane.close()
-    lane.run()
-
-    for one in (begun, waiting):
-        assert isinstance(one.error, EngineFailed)
-        assert "closed its engine" in str(one.error)
 
 
 def test_a_receipt_tells_what_made_the_picture(studio: Studio) -> None:
