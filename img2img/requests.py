@@ -31,6 +31,8 @@ MODEL_NAME_RULE: Final = "1 to 128 visible ASCII characters, no '/' first or las
 MAX_GUIDANCE: Final = 50.0
 MAX_NOTED: Final = 5
 """Unknown fields that are named in warnings; the others are counted."""
+MAX_NAME: Final = 40
+"""Characters of an unknown name that are repeated to its sender."""
 KNOWN_FIELDS: Final = frozenset(INPUT_SCHEMA["properties"]) | {"options", "external_reference"}
 
 
@@ -86,6 +88,21 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     reproducible: bool = False
     previews: bool = False
     model: str | None = None
+
+
+OPTION_FORMS: Final = {
+    "priority": "an integer from -10 to 10",
+    "deadline_seconds": "a number of seconds",
+    "sampler": f"one of {', '.join(Sampler)}",
+    "output_format": f"one of {', '.join(OutputFormat)}",
+    "output_quality": "an integer from 1 to 100",
+    "reject_if_busy": "true or false",
+    "not_before": "a time with its offset, such as 2030-01-31T12:00:00Z",
+    "reproducible": "true or false",
+    "previews": "true or false",
+    "model": "the name of a model",
+}
+"""What each option must be, for whoever wrote something else."""
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,12 +212,7 @@ def build_options(options: object, limits: RequestLimits, deadline: float | None
     Raises:
         InvalidRequest: with ``options.<name>`` as its field.
     """
-    try:
-        built = JobOptions() if options is None else msgspec.convert(options, JobOptions)
-    except msgspec.ValidationError as exc:
-        reason, _, path = str(exc).partition(" - at `$")
-        field = "options" + path.rstrip("`")
-        raise InvalidRequest(field, f"'/{field.replace('.', '/')}': {reason}") from exc
+    built = JobOptions() if options is None else _options_of_their_types(options)
     if not -10 <= built.priority <= 10:
         raise InvalidRequest("options.priority", "'/options/priority' must be between -10 and 10")
     if not 1 <= built.output_quality <= 100:
@@ -216,6 +228,22 @@ def build_options(options: object, limits: RequestLimits, deadline: float | None
             f"'/options/deadline_seconds' must be above 0 and at most {limits.max_deadline:g}",
         )
     return msgspec.structs.replace(built, not_before=_start(built, limits, deadline))
+
+
+def _options_of_their_types(options: object) -> JobOptions:
+    if not isinstance(options, Mapping):
+        raise InvalidRequest("options", "'/options' must be an object")
+    unknown = next((str(name) for name in options if name not in OPTION_FORMS), None)
+    if unknown is not None:
+        raise InvalidRequest(
+            "options",
+            f"'/options' has no {unknown[:MAX_NAME]!r}: write one of {', '.join(OPTION_FORMS)}",
+        )
+    try:
+        return msgspec.convert(options, JobOptions)
+    except msgspec.ValidationError as exc:
+        name = str(exc).partition(" - at `$.")[2].rstrip("`")
+        raise InvalidRequest(f"options.{name}", f"'/options/{name}' must be {OPTION_FORMS[name]}") from exc
 
 
 def _start(options: JobOptions, limits: RequestLimits, deadline: float | None) -> datetime | None:
@@ -276,7 +304,7 @@ def _round_size(request: Img2ImgRequest) -> tuple[Img2ImgRequest, list[str]]:
 def _unknown_fields(body: object) -> list[str]:
     """Cloudflare ignores what its schema does not name, and so do we; a misspelt name should show all the same."""
     unknown = [str(name) for name in body if name not in KNOWN_FIELDS] if isinstance(body, Mapping) else []
-    warnings = [f"unknown field {name[:40]!r} was ignored" for name in unknown[:MAX_NOTED]]
+    warnings = [f"unknown field {name[:MAX_NAME]!r} was ignored" for name in unknown[:MAX_NOTED]]
     if len(unknown) > MAX_NOTED:
         warnings.append(f"{len(unknown) - MAX_NOTED} more unknown fields were ignored")
     return warnings

@@ -283,21 +283,30 @@ class TestOptions:
             reject_if_busy=True,
         )
 
+    @pytest.mark.parametrize("name", JobOptions.__struct_fields__)
+    def test_one_of_another_type_is_told_what_it_must_be(self, name: str) -> None:
+        assert reason({"prompt": "x"}, {name: []}).startswith(f"'/options/{name}' must be ")
+
     @pytest.mark.parametrize(
         ("options", "field", "expected"),
         [
-            (5, "options", "'/options': Expected `object`"),
-            ([], "options", "'/options': Expected `object`"),
-            ({"prority": 1}, "options", "unknown field `prority`"),
+            (5, "options", "'/options' must be an object"),
+            ([], "options", "'/options' must be an object"),
+            (
+                {"prority": 1},
+                "options",
+                "'/options' has no 'prority': write one of priority, deadline_seconds",
+            ),
             ({"priority": 11}, "options.priority", "must be between -10 and 10"),
-            ({"priority": "1"}, "options.priority", "'/options/priority': Expected `int`"),
+            ({"priority": "1"}, "options.priority", "'/options/priority' must be an integer from -10 to 10"),
             ({"output_quality": 0}, "options.output_quality", "must be between 1 and 100"),
             ({"deadline_seconds": 0}, "options.deadline_seconds", "must be above 0 and at most 86400"),
             ({"deadline_seconds": 86401}, "options.deadline_seconds", "must be above 0 and at most 86400"),
             ({"deadline_seconds": math.nan}, "options.deadline_seconds", "must be above 0"),
-            ({"sampler": "best"}, "options.sampler", "Invalid enum value 'best'"),
-            ({"output_format": "gif"}, "options.output_format", "Invalid enum value 'gif'"),
-            ({"reject_if_busy": 1}, "options.reject_if_busy", "Expected `bool`"),
+            ({"sampler": "best"}, "options.sampler", "must be one of dpmpp_2m, ddim, euler, euler_a"),
+            ({"output_format": "gif"}, "options.output_format", "must be one of png, webp, jpeg"),
+            ({"not_before": "tomorrow"}, "options.not_before", "such as 2030-01-31T12:00:00Z"),
+            ({"reject_if_busy": 1}, "options.reject_if_busy", "'/options/reject_if_busy' must be true or false"),
         ],
     )
     def test_a_wrong_one_is_named(self, options: object, field: str, expected: str) -> None:
