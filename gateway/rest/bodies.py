@@ -39,6 +39,7 @@ MAX_REST_BYTES: Final = 512 * 1024
 _STRINGS_PER_TURN: Final = 512
 _LEADING: Final = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*+")
 _FIRST_BYTES: Final = b'{["-0123456789tfn'
+_GZIP: Final = b"\x1f\x8b"
 _SLOT: Final = secrets.token_hex(8)
 _ARRAY_FIELDS: Final = frozenset({b"image", b"mask"})
 _STRING: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
@@ -100,6 +101,8 @@ async def decode_json(body: Buffer, max_image_bytes: int = PictureLimits().file_
     begin = leading.end() if leading else 0
     if begin == len(body):
         raise MissingBody("The body is empty: send a JSON object with at least 'prompt'")
+    if body.startswith(_GZIP):
+        raise MalformedBody("The body is compressed: send it as it is, without Content-Encoding")
     if body[begin] not in _FIRST_BYTES:
         raise _malformed("invalid character", begin)
     document = _Document(body, begin, max_image_bytes)

@@ -1,5 +1,6 @@
 """Input that is broken, huge or malicious: a clear error or the right result, little memory, and no 5xx."""
 
+import gzip
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -58,6 +59,13 @@ def test_a_hostile_body_is_refused(client: httpx.Client, body: bytes, status: in
     cloudflare = client.post(run_path(), content=body)
     assert (cloudflare.status_code, cloudflare.headers["img2img-error"]) == (status, code)
     assert max(len(native.content), len(cloudflare.content)) < 1000
+
+
+def test_a_compressed_body_is_told_from_one_that_is_no_json(client: httpx.Client) -> None:
+    """Its sender cannot know what is wrong with bytes that his library wrote."""
+    body = gzip.compress(b'{"prompt":"x"}')
+    answer = client.post("/v1/jobs", content=body, headers={"content-encoding": "gzip"})
+    assert "send it as it is, without Content-Encoding" in problem(answer, 400, "malformed_body")
 
 
 def test_many_unknown_fields_are_counted_not_listed(client: httpx.Client) -> None:
