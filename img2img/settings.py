@@ -42,6 +42,8 @@ CHOICES: Final = {
 CLIENT_VARIABLES: Final = frozenset({"IMG2IMG_SERVER", "IMG2IMG_KEY"})
 """Read by the client's commands, not by the service."""
 UPSTREAM_URL: Final = re.compile(r"https?://[^\s/?#@]+(/[^\s?#@]*)?")
+WORDS: Final = {int: "an integer", float: "a number", bool: "true or false"}
+"""The types that not every text can be read as."""
 SERVICE_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)(_\w+)?$|_PORT(_\d+_(TCP|UDP)\w*)?$")
 """What Kubernetes puts into every container for a service whose name begins with img2img."""
 
@@ -177,8 +179,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         try:
             settings = msgspec.convert(given, cls, strict=False, dec_hook=_decode)
         except msgspec.ValidationError as exc:
-            reason, _, path = str(exc).partition(" - at `$.")
-            raise ConfigurationError(f"{PREFIX}{path.rstrip('`').upper()}: {reason}") from exc
+            name = str(exc).partition(" - at `$.")[2].rstrip("`")
+            kind = next(field.type for field in msgspec.structs.fields(cls) if field.name == name)
+            raise ConfigurationError(f"{PREFIX}{name.upper()} must be {WORDS[kind]}, not {given[name]!r}") from exc
         settings.check()
         return settings
 
