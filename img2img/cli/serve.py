@@ -65,7 +65,7 @@ def gateway(**given: Any) -> None:
 @click.command(
     short_help="Run a worker only.",
     epilog="\b\nExamples:\n"
-    "  img2img worker --redis-url redis://queue:6379/0 --model runwayml/stable-diffusion-v1-5\n"
+    "  img2img worker --redis-url redis://queue:6379/0 --model stable-diffusion-v1-5/stable-diffusion-v1-5\n"
     "  IMG2IMG_REDIS_URL=redis://queue:6379/0 img2img worker --engine fake --concurrency 4\n"
     "  img2img worker --redis-url redis://queue:6379/0 --pools-file pools.toml --queue burst",
 )
