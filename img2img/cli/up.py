@@ -43,6 +43,7 @@ engine_option = click.option(
     "--engine",
     type=click.Choice(ENGINES),
     envvar="IMG2IMG_ENGINE",
+    show_envvar=True,
     default="auto",
     show_default=True,
     help="What makes the pictures; auto is diffusion, cloudflare calls Workers AI, fake needs no model.",
@@ -63,6 +64,7 @@ engine_option = click.option(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
     envvar="IMG2IMG_POOLS_FILE",
+    show_envvar=True,
     help="Several pools of workers (docs/pools.md), in place of --engine and --model.",
 )
 @engine_option
@@ -70,18 +72,21 @@ engine_option = click.option(
     "--model",
     metavar="M",
     envvar="IMG2IMG_MODEL",
+    show_envvar=True,
     help="Folder, .safetensors file or hub id of an SD 1.x model; without it the small bundled one.",
 )
 @click.option(
     "--upstream",
     metavar="URL",
     envvar="IMG2IMG_UPSTREAM_URL",
+    show_envvar=True,
     help="Where the engine cloudflare sends its calls.  [default: https://api.cloudflare.com/client/v4]",
 )
 @click.option(
     "--http-port",
     type=click.IntRange(0, 65535),
     envvar="IMG2IMG_HTTP_PORT",
+    show_envvar=True,
     default=8000,
     show_default=True,
     help="Port for REST; 0 takes any free one.",
@@ -90,6 +95,7 @@ engine_option = click.option(
     "--grpc-port",
     type=click.IntRange(0, 65535),
     envvar="IMG2IMG_GRPC_PORT",
+    show_envvar=True,
     default=50051,
     show_default=True,
     help="Port for gRPC; 0 takes any free one.",

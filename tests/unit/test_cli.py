@@ -148,3 +148,9 @@ def test_an_unknown_option_is_usage() -> None:
     ended = run("up", "--enigne", "fake")
     assert ended.returncode == 2
     assert "--engine" in ended.stderr
+
+
+def test_a_wrong_variable_of_up_is_named() -> None:
+    result = run("up", IMG2IMG_HTTP_PORT="eighty")
+    assert result.returncode == 2
+    assert "IMG2IMG_HTTP_PORT" in result.stderr
