@@ -66,6 +66,20 @@ def take_connection(given: dict[str, Any]) -> Connection:
 
 
 @contextmanager
+def queue_server_errors() -> Iterator[None]:
+    """Tell where the address of a queue server that cannot be used comes from."""
+    from img2img.errors import Unavailable
+
+    try:
+        yield
+    except Unavailable as exc:
+        raise click.ClickException(
+            f"The queue server cannot be used ({exc.__cause__ or exc}): check --redis-url, or IMG2IMG_REDIS_URL; "
+            "`img2img up` has a server of its own, whose address it prints"
+        ) from exc
+
+
+@contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what the service refuses into one line and exit code 1."""
     from img2img.client import ClientError

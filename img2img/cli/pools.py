@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from img2img.cli.connection import queue_server_errors
 from img2img.cli.jobs import PIPE_WIDTH, json_option
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def pools(redis_url: str | None, pools_file: str | None, as_json: bool) -> None:
     settings = Settings.from_environment(redis_url=redis_url, pools_file=pools_file)
     if settings.pools_file is None:
         raise ConfigurationError("There is no pools file: name it with --pools-file, or set IMG2IMG_POOLS_FILE")
-    found = asyncio.run(_read(settings.redis_url, settings.pools_file))
+    with queue_server_errors():
+        found = asyncio.run(_read(settings.redis_url, settings.pools_file))
     if as_json:
         for pool in found:
             click.echo(msgspec.json.encode(pool).decode())

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from img2img.cli.connection import queue_server_errors
 from img2img.cli.times import rounded
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def upstream(redis_url: str | None, days: int, as_json: bool) -> None:
     from img2img.settings import Settings
 
     settings = Settings.from_environment(redis_url=redis_url)
-    found = asyncio.run(_read(settings.redis_url, days))
+    with queue_server_errors():
+        found = asyncio.run(_read(settings.redis_url, days))
     if as_json:
         for books in found:
             click.echo(msgspec.json.encode(books).decode())

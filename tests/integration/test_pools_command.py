@@ -130,3 +130,16 @@ def test_without_a_file_the_option_is_named(valkey_url: str) -> None:
     result = CliRunner().invoke(main, ["pools", "--redis-url", valkey_url])
     assert result.exit_code == 1
     assert "There is no pools file: name it with --pools-file, or set IMG2IMG_POOLS_FILE" in result.output
+
+
+@pytest.mark.parametrize("command", [["pools", "--pools-file"], ["upstream"]])
+def test_a_server_that_is_not_there_is_looked_for_in_the_option(
+    command: list[str], file: Path, unused_tcp_port: int
+) -> None:
+    """Trying again, which is what a gateway does, helps nobody who has `img2img up` in the next window."""
+    given = [*command, str(file)] if command[-1] == "--pools-file" else command
+    result = CliRunner().invoke(main, [*given, "--redis-url", f"redis://:secret@127.0.0.1:{unused_tcp_port}/0"])
+    assert result.exit_code == 1
+    assert "check --redis-url, or IMG2IMG_REDIS_URL; `img2img up` has a server of its own" in result.output
+    assert f"127.0.0.1:{unused_tcp_port}" in result.output
+    assert "secret" not in result.output
