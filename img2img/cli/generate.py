@@ -22,6 +22,7 @@ FORMATS: Final = ("png", "webp", "jpeg")
 SUFFIXES: Final = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 POSITION_SECONDS: Final = 1.0
 WORTH_TELLING: Final = 0.005
+CANCELING: Final = "canceling (Ctrl-C again: at once)"
 INTERRUPTED: Final = 130  # what a shell reports for a program that Ctrl-C ended
 OPTIONS: Final = {
     "deadline": "deadline_seconds",
@@ -42,6 +43,10 @@ FIELDS: Final = {
     "width": "width",
     "height": "height",
 }
+
+
+class Stopped(Exception):
+    """Ctrl-C came, and the job is canceled."""
 
 
 class Time(click.ParamType[datetime]):
@@ -129,9 +134,11 @@ def run_job(connection: Connection, fields: dict[str, Any], preview_file: Path |
     try:
         with one_line_errors():
             return asyncio.run(make(connection, fields, preview_file))
-    except KeyboardInterrupt:
+    except Stopped:
         click.echo("Stopped: the job is canceled.", err=True)
-        raise SystemExit(INTERRUPTED) from None
+    except KeyboardInterrupt:
+        click.echo("Stopped at once: a job that was created already may go on, see `img2img jobs list`.", err=True)
+    raise SystemExit(INTERRUPTED)
 
 
 def request_fields(words: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +172,11 @@ def job_options(given: dict[str, Any]) -> Any:
 
 
 async def make(connection: Connection, fields: dict[str, Any], preview_file: Path | None) -> "Picture":
-    """Create the job, show how it goes on, and fetch the picture; being cancelled cancels the job."""
+    """Create the job, show how it goes on, and fetch the picture; being cancelled cancels the job.
+
+    Raises:
+        Stopped: it was cancelled, and so is the job.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -175,31 +186,35 @@ async def make(connection: Connection, fields: dict[str, Any], preview_file: Pat
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     async with connection.open_async() as client:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            job = await _create(client, fields)
+            bar.add_task("sending", total=None)
+            job = await _create(client, fields, bar)
             try:
                 await _follow(client, job.id, bar, preview_file)
             except asyncio.CancelledError:
+                bar.update(bar.task_ids[0], description=CANCELING)
                 await client.cancel(job.id)
-                raise
+                raise Stopped from None
         job = await client.get(job.id)
         if job.state is not JobState.SUCCEEDED:
             raise click.ClickException(failure(job))
         return Picture(job, await client.result(job.id))
 
 
-async def _create(client: "AsyncClient", fields: dict[str, Any]) -> "JobInfo":
+async def _create(client: "AsyncClient", fields: dict[str, Any], bar: "Progress") -> "JobInfo":
     """Create the job; when cancelled meanwhile, cancel what may have been created already."""
     creating = asyncio.create_task(client.create(**fields), name="create")
     try:
         return await asyncio.shield(creating)
     except asyncio.CancelledError:
+        bar.update(bar.task_ids[0], description=CANCELING)
         await client.cancel((await creating).id)
-        raise
+        raise Stopped from None
 
 
 async def _follow(client: "AsyncClient", job_id: str, bar: "Progress", preview_file: Path | None) -> None:
     """Show the place in the queue and then the steps, until the job has ended; previews go to their file."""
-    task = bar.add_task("queued", total=None)
+    task = bar.task_ids[0]
+    bar.update(task, description="queued")
     waiting = asyncio.create_task(_show_position(client, job_id, bar), name="show the queue position")
     try:
         async for event in client.watch(job_id):

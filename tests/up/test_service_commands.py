@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,20 @@ def test_ctrl_c_cancels_the_job(server: str, tmp_path: Path) -> None:
     job = jobs(server, "list", "--limit", "1")[0]
     assert job["parameters"]["prompt"] == "interrupted"
     eventually(lambda: jobs(server, "get", job["id"])[0]["state"] == "canceled", "the job to be canceled", 10)
+
+
+def test_a_second_ctrl_c_does_not_wait_and_claims_nothing(tmp_path: Path) -> None:
+    """Nobody answers whether the job was created, let alone canceled."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with Terminal("generate", "a lion", "-o", str(tmp_path / "a.png"), "--server", address) as terminal:
+            terminal.shows("sending")
+            terminal.press_ctrl_c()
+            terminal.shows("canceling (Ctrl-C again: at once)")
+            terminal.press_ctrl_c()
+            assert terminal.wait() == 130, terminal.text
+        assert "Stopped at once: a job that was created already may go on" in terminal.text
+        assert "is canceled" not in terminal.text
 
 
 @pytest.mark.parametrize("kind", ["gateway", "valkey"])
