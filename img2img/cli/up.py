@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from click.core import ParameterSource
 
+from img2img.cli.generate import INTERRUPTED
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -170,7 +172,8 @@ def demo(engine: str, image: Path, output: Path) -> None:
 
     with tempfile.TemporaryDirectory(prefix="img2img-demo-") as folder:
         options = UpOptions(data_dir=Path(folder), engine=engine, http_port=0, grpc_port=0, log_level="warning")
-        _run(options, body)
+        if not _run(options, body):
+            raise SystemExit(INTERRUPTED)
 
 
 async def _serve(supervisor: "Supervisor") -> None:
@@ -194,8 +197,8 @@ def ready_text(supervisor: "Supervisor") -> str:
     )
 
 
-def _run(options: "UpOptions", body: "Callable[[Supervisor], Awaitable[None]]") -> None:
-    """Run ``body`` inside a supervisor until it returns or a signal stops it; a second signal kills."""
+def _run(options: "UpOptions", body: "Callable[[Supervisor], Awaitable[None]]") -> bool:
+    """Run ``body`` in a supervisor; whether it returned before a signal stopped it. A second signal kills."""
     import asyncio
 
     from img2img.cli.report import ConsoleReport
@@ -203,14 +206,14 @@ def _run(options: "UpOptions", body: "Callable[[Supervisor], Awaitable[None]]") 
 
     report = ConsoleReport()
     try:
-        asyncio.run(_supervise(Supervisor(options, report), body))
+        return asyncio.run(_supervise(Supervisor(options, report), body))
     except ServiceFailed as exc:
         raise click.ClickException(str(exc)) from exc
     finally:
         report.waiting("")
 
 
-async def _supervise(supervisor: "Supervisor", body: "Callable[[Supervisor], Awaitable[None]]") -> None:
+async def _supervise(supervisor: "Supervisor", body: "Callable[[Supervisor], Awaitable[None]]") -> bool:
     import asyncio
     import signal
     from contextlib import suppress
@@ -233,3 +236,5 @@ async def _supervise(supervisor: "Supervisor", body: "Callable[[Supervisor], Awa
             loop.add_signal_handler(number, stop)
     with suppress(asyncio.CancelledError):
         await task
+        return True
+    return False

@@ -193,6 +193,16 @@ def test_the_demo(tmp_path: Path) -> None:
     assert re.search(r"Where the [\d.]+ s of job \S+ went:\n  queued ", demo.text), demo.text
 
 
+def test_a_demo_that_is_interrupted_has_failed(tmp_path: Path) -> None:
+    """Whoever runs it in a script is told that there is no picture."""
+    with Terminal("demo", "--engine", "fake", "--output", str(tmp_path / "lion.png")) as demo:
+        demo.shows("Waiting for the gateway")
+        demo.press_ctrl_c()
+        assert demo.wait() == 130, demo.text
+        demo.all_gone()
+    assert not (tmp_path / "lion.png").exists()
+
+
 class Silence:
     """A report that keeps what is said."""
 
