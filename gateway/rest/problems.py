@@ -113,7 +113,7 @@ def wrong_parameter(error: HTTPException) -> InvalidRequest | None:
         return InvalidRequest("", error.detail)
     name = str(extra[0].get("key", ""))
     name = PARAMETER_NAMES.get(name, name)
-    return InvalidRequest(name, f"'{name}': {extra[0].get('message', error.detail)}")
+    return InvalidRequest(name, f"'{name}': {extra[0].get('message', error.detail)}: see /schema")
 
 
 def on_unexpected(request: AnyRequest, error: Exception) -> Response[bytes]:

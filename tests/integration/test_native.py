@@ -348,9 +348,16 @@ def test_a_list_can_be_of_one_state(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "field"),
-    [({"limit": 0}, "limit"), ({"limit": 101}, "limit"), ({"state": "done"}, "state"), ({"cursor": "x"}, "cursor")],
+    ("query", "field", "remedy"),
+    [
+        ({"limit": 0}, "limit", "see /schema"),
+        ({"limit": 101}, "limit", "see /schema"),
+        ({"state": "done"}, "state", "see /schema"),
+        ({"cursor": "x"}, "cursor", "must be the 'next' of an earlier page"),
+    ],
 )
-def test_a_wrong_query_is_named(client: httpx.Client, query: dict[str, Any], field: str) -> None:
+def test_a_wrong_query_is_named(client: httpx.Client, query: dict[str, Any], field: str, remedy: str) -> None:
     """Bounds and names are those of /schema."""
-    assert f"'{field}'" in problem(client.get("/v1/jobs", params=query), 400, "invalid_request", field)
+    message = problem(client.get("/v1/jobs", params=query), 400, "invalid_request", field)
+    assert f"'{field}'" in message
+    assert remedy in message
