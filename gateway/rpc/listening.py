@@ -64,7 +64,7 @@ def credentials_of(
     except ssl.SSLError as exc:
         raise ConfigurationError(
             f"{_variable(cert)} and {_variable(key)} must be a PEM certificate and its own, unencrypted key: "
-            f"{exc.reason}"
+            f"{exc.reason or 'one of them is no PEM'}"
         ) from exc
     if client_ca is None:
         return grpc.ssl_server_credentials([(private, certificate)])

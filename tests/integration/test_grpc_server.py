@@ -226,10 +226,14 @@ async def test_tls(valkey_url: str, certificate: tuple[Path, Path]) -> None:
 
 
 async def test_a_wrong_certificate_is_named(valkey_url: str, certificate: tuple[Path, Path], tmp_path: Path) -> None:
-    """A missing file, or a key that is not the certificate's, is a mistake in the settings."""
+    """A missing file, text, or a key that is not the certificate's, is a mistake in the settings."""
     cert, _ = certificate
     _, other_key = new_certificate(tmp_path)
-    for key, message in ((tmp_path / "missing.pem", "IMG2IMG_TLS_KEY.*missing.pem"), (other_key, "its own")):
+    missing, text = tmp_path / "missing.pem", tmp_path / "text.pem"
+    text.write_text("no key")
+    for key, message in (
+        (missing, "IMG2IMG_TLS_KEY.*missing.pem"), (other_key, "its own"), (text, "one of them is no PEM"),
+    ):  # fmt: skip
         settings = fresh_settings(valkey_url, tls_cert=cert, tls_key=key)
         with pytest.raises(ConfigurationError, match=message):
             async with open_gateway(settings, worker=False):
