@@ -53,4 +53,5 @@ async def metrics(request: AnyRequest, front: FrontDependency) -> Response[bytes
     """The process's own metrics, and the queues' gauges as they are at this moment."""
     await read_queues(front.service, front.scaling)
     text, media_type = telemetry.exposition(telemetry.GATEWAY, request.headers.get("accept", ""))
-    return Response(text, media_type=media_type)
+    # As a header: Litestar adds a charset to each text of which it makes one.
+    return Response(text, headers={"content-type": media_type})

@@ -251,7 +251,7 @@ def test_promtool_finds_nothing_wrong(service: Service) -> None:
     assert promtool, "promtool is missing: apt-get install prometheus"
     for url in (service.gateway.http, *(metrics_url(worker) for worker in service.workers.values())):
         answer = httpx.get(f"{url}/metrics", trust_env=False)
-        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
         checked = subprocess.run([promtool, "check", "metrics"], input=answer.content, capture_output=True, timeout=30)
         assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
 
