@@ -25,6 +25,7 @@ from img2img.errors import (
     IdempotencyConflict,
     Img2ImgError,
     InvalidRequest,
+    JobNotFound,
     NoCapacity,
     NotReplayable,
     ResultGone,
@@ -390,5 +391,7 @@ class JobService:
         for job_id in job_ids:
             try:
                 await self._queue.cancel(job_id, StopReason.DISCONNECT)
+            except JobNotFound:
+                continue  # the one that was refused, and with it the batch
             except Img2ImgError as exc:
                 log.warning("job_not_taken_back", job=job_id, error=str(exc))

@@ -108,6 +108,17 @@ def test_a_full_queue(gateway_with: Start) -> None:
         client.post(submit(client, prompt="x")["links"]["cancel"])
 
 
+def test_a_batch_that_does_not_fit(gateway_with: Start) -> None:
+    """All of it or nothing; that is no trouble of which operators would have to be told."""
+    _, gateway = gateway_with(max_queued="1")
+    with gateway.client() as client:
+        body = {"requests": [{"prompt": "x"}, {"prompt": "y"}]}
+        answer = client.post(run_path(), params={"queueRequest": "true"}, json=body)
+        assert (answer.status_code, answer.headers["img2img-error"]) == (429, "queue_full")
+        assert client.get("/v1/queue").json()["queued"] == 0
+    assert "job_not_taken_back" not in {entry["event"] for entry in gateway.entries()}
+
+
 def test_a_full_account(gateway_with: Start, tmp_path: Path) -> None:
     """The tenants file bounds one account; others, and the setting for all who are not bounded there, are not hit."""
     tenants = Path(write_tenants(tmp_path / "tenants.toml", "small", "other"))
