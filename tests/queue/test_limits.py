@@ -164,3 +164,18 @@ async def test_a_parked_job_survives(queue: JobQueue, redis: ArqRedis) -> None:
     assert await redis.zscore(queue.alive_key, arq_id) is not None
     assert (await queue.get(job_id)).state == JobState.QUEUED
     assert (await queue.cancel(job_id)) == JobState.CANCELED
+
+
+@pytest.mark.parametrize("has_started", [False, True])
+async def test_an_expired_job_tells_whether_it_had_started(redis: ArqRedis, has_started: bool) -> None:
+    """Of one that had, the history says what went wrong; of another, the queue was too long."""
+    queue = JobQueue(redis)
+    job_id = await submit(queue)
+    if has_started:
+        await queue.release(await claim_one(queue), INTERRUPTED, "interruptions")
+    await redis.hset(f"{queue.prefix}job:{job_id}", "expires", 1)  # type: ignore[misc]
+    assert (await queue.claim("w1", 1, LEASE, "t"))[0] == []
+    outcome = (await queue.get(job_id)).outcome
+    assert outcome is not None
+    assert outcome.error is not None
+    assert outcome.error.message == "The deadline passed before the job could start" + " again" * has_started
