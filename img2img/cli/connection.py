@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 import msgspec
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from img2img.client import AsyncClient, Client
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+HINTS: Final = {
+    "unavailable": "; `img2img up` starts one here",
+    "missing_credentials": "; this command sends what --key or IMG2IMG_KEY has",
+}
+"""What the command can add to an error's own words."""
 
 
 class Connection(msgspec.Struct, frozen=True):
@@ -91,5 +97,4 @@ def one_line_errors() -> Iterator[None]:
             f"\n  {item.field}: {item.description}" for item in exc.violations if item.description not in exc.message
         )
         again = f" (try again in {exc.retry_after:g} s)" if exc.retry_after else ""
-        hint = "; `img2img up` starts one here" if exc.code == "unavailable" else ""
-        raise click.ClickException(f"{exc.message}{again}{hint} [{exc.code}]{fields}") from exc
+        raise click.ClickException(f"{exc.message}{again}{HINTS.get(exc.code, '')} [{exc.code}]{fields}") from exc

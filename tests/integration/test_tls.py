@@ -9,6 +9,7 @@ import pytest
 
 from img2img.client import Client, ClientError
 from tests.stack import MODEL_PATH, Stack
+from tests.up import running
 
 KEYS = {"acme": "key-of-acme", "umbrella": "key-of-umbrella"}
 
@@ -52,3 +53,6 @@ def test_keys_and_tls_on_every_front_end(stack: Stack, tmp_path: Path, certifica
     with Client(gateway.grpc, tls=True, ca=cert) as grpc, pytest.raises(ClientError) as caught:
         grpc.list()
     assert caught.value.code == "missing_credentials"
+    command = running.run("jobs", "list", "--server", gateway.grpc, "--ca", str(cert))
+    assert command.returncode == 1
+    assert "this command sends what --key or IMG2IMG_KEY has [missing_credentials]" in command.stderr
