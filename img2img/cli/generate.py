@@ -79,7 +79,7 @@ picture_file = click.Path(exists=True, dir_okay=False, path_type=Path)
     metavar="OUT",
     default="picture.png",
     show_default=True,
-    help="Where the picture goes; - is standard output. The suffix decides the format.",
+    help="Where the picture goes; - is standard output. The suffix .png, .webp or .jpg decides the format.",
 )
 @click.option("--strength", type=float, help="0 to 1; lower stays closer to IMAGE.  [default: 1]")
 @click.option("--steps", type=int, help="1 to 20.  [default: 20]")
@@ -119,6 +119,8 @@ def generate(
     output_format = output_format or SUFFIXES.get(Path(output).suffix.lower())
     fields["options"] = job_options({**given, "output_format": output_format, "previews": preview_file is not None})
     for option, file in (("--output", None if output == "-" else Path(output)), ("--preview-file", preview_file)):
+        if file is not None and file.is_dir():
+            raise click.BadParameter(f"{file} is a folder", param_hint=option)
         if file is not None and not file.absolute().parent.is_dir():
             raise click.BadParameter(f"there is no folder {file.parent}", param_hint=option)
     picture = run_job(connection, fields, preview_file)

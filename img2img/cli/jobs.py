@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 STATES: Final = ("queued", "running", "succeeded", "failed", "canceled", "expired")
 MAX_PAGE: Final = 100
+MAX_EVENT: Final = 2**63 - 1
 PROMPT_WIDTH: Final = 48
 PIPE_WIDTH: Final = 160
 SHOWN_DIGITS: Final = 16
@@ -83,7 +84,7 @@ def replay(job_ids: tuple[str, ...], as_json: bool, **given: Any) -> None:
     A job that waits or runs goes on as it is. Exit code 1 tells that some could not be replayed.
     """
     failed = False
-    with take_connection(given).open() as client:
+    with one_line_errors(), take_connection(given).open() as client:
         for job_id in job_ids:
             try:
                 with one_line_errors():
@@ -98,7 +99,7 @@ def replay(job_ids: tuple[str, ...], as_json: bool, **given: Any) -> None:
 
 @jobs.command(epilog="\b\nExamples:\n  img2img jobs watch 0-0199b3c4-…\n  img2img jobs watch 0-0199b3c4-… --json")
 @click.argument("job_id")
-@click.option("--after", type=click.IntRange(0), default=0, help="Leave out the events up to this number.")
+@click.option("--after", type=click.IntRange(0, MAX_EVENT), default=0, help="Leave out the events up to this number.")
 @json_option
 @connection_options
 def watch(job_id: str, after: int, as_json: bool, **given: Any) -> None:

@@ -28,7 +28,11 @@ class AsyncClient:
         tls: bool = False,
         ca: Path | None = None,
     ) -> None:
-        """``key`` is the account's; ``ca``, a PEM file, implies TLS and replaces the system's roots."""
+        """``key`` is the account's; ``ca``, a PEM file, implies TLS and replaces the system's roots.
+
+        Raises:
+            ClientError: the key cannot be one.
+        """
         self._server = server
         self._metadata = channel.call_metadata(key)
         credentials, options = channel.channel_credentials(tls, ca), channel.channel_options(server)

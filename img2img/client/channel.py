@@ -67,6 +67,13 @@ def channel_credentials(tls: bool, ca: Path | None) -> grpc.ChannelCredentials |
 
 
 def call_metadata(key: str | None) -> tuple[tuple[str, str], ...]:
+    """What goes with every call.
+
+    Raises:
+        ClientError: no header can hold the key.
+    """
+    if key and not (key.isascii() and key.isprintable()):
+        raise ClientError("unauthenticated", "The access key has a character that no key has: look for line breaks")
     return (("authorization", f"Bearer {key}"),) if key else ()
 
 

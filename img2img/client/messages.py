@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from img2img.client.values import (
@@ -19,10 +20,12 @@ from img2img.client.values import (
     MoveInfo,
     RequestFields,
     ResultInfo,
+    Violation,
 )
+from img2img.errors import InvalidRequest
 from img2img.images import PictureInfo
 from img2img.jobs import Failure, JobState, PreviewPicture, Receipt, Stage, UpstreamCall
-from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler
+from img2img.requests import JobOptions, OutputFormat, Parameters, Sampler, build_request
 from img2img.v1 import img2img_pb2 as pb
 
 FIRST_PAUSE: Final = 0.2
@@ -55,13 +58,30 @@ def _job_request(fields: RequestFields) -> dict[str, Any]:
     for name in ("image", "mask"):
         if isinstance(values.get(name), Path):
             values[name] = values[name].read_bytes()
-    request = pb.Img2ImgRequest(**values)
-    return {"request": request, "options": _options_message(options), "idempotency_key": key}
+    try:
+        return {
+            "request": pb.Img2ImgRequest(**values),
+            "options": _options_message(options),
+            "idempotency_key": key,
+        }
+    except (TypeError, ValueError) as exc:
+        raise _refusal(values, options, exc) from exc
+
+
+def _refusal(values: Mapping[str, Any], options: JobOptions | None, error: Exception) -> ClientError:
+    """Why no message can hold the request, for instance a number beyond its field's bits, in the service's words."""
+    try:
+        build_request(values, msgspec.to_builtins(options))
+    except InvalidRequest as exc:
+        return ClientError(exc.code, str(exc), (Violation(exc.field, exc.reason),))
+    return ClientError(InvalidRequest.code, str(error))
 
 
 def _options_message(options: JobOptions | None) -> pb.JobOptions | None:
     if options is None:
         return None
+    if options.not_before is not None and options.not_before.tzinfo is None:
+        raise ValueError("a time without an offset is no instant")
     return pb.JobOptions(
         priority=options.priority,
         deadline_seconds=options.deadline_seconds,

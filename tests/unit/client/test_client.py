@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 from client_helpers import AT, LOST, PICTURE, STAMP, Caller, Servicer, chunks, job, status
@@ -53,6 +54,35 @@ async def test_fields_arrive(call: Caller, servicer: Servicer, tmp_path: Path) -
     assert sent.options.output_format == pb.OUTPUT_FORMAT_WEBP
     assert (sent.options.not_before, sent.options.model) == (STAMP, "sd")
     assert servicer.metadata["authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"width": 2**40}, "width"),
+        ({"num_steps": 2.5}, "num_steps"),
+        ({"prompt": "a\udcff"}, "prompt"),
+        ({"options": JobOptions(priority=2**40)}, "options.priority"),
+        ({"options": JobOptions(not_before=AT.replace(tzinfo=None))}, "options.not_before"),
+    ],
+)
+async def test_what_no_message_can_hold_is_refused_as_by_the_service(
+    call: Caller, servicer: Servicer, fields: dict[str, Any], field: str
+) -> None:
+    """With the field and the words that the other front ends have, and nothing is sent."""
+    with pytest.raises(ClientError, match=f"'/{field.replace('.', '/')}'") as caught:
+        await call("create", **({"prompt": "a lion"} | fields))
+    assert (caught.value.code, caught.value.violations[0].field) == ("invalid_request", field)
+    assert servicer.asked == []
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("key", ["i2i_a\n", "i2i_ä"])
+def test_a_key_that_cannot_be_one_is_told_at_once(kind: type[Client] | type[AsyncClient], key: str) -> None:
+    with pytest.raises(ClientError, match="look for line breaks"):
+        kind(key=key)
 
 
 async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
