@@ -75,8 +75,9 @@ def bind_http(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
     except OSError as exc:
+        why = (exc.strerror or str(exc)).partition(" (while")[0]  # the socket module names the address once more
         raise ConfigurationError(
-            f"Cannot listen on {settings.host}:{settings.http_port} ({exc.strerror}): change IMG2IMG_HTTP_PORT"
+            f"Cannot listen on {settings.host}:{settings.http_port} ({why}): change IMG2IMG_HTTP_PORT (or IMG2IMG_HOST)"
         ) from exc
 
 

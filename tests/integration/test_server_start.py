@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from gateway.main import bind_http
 from img2img.errors import ConfigurationError, Unavailable
 from img2img.server import check_server, open_redis
+from img2img.settings import Settings
 from tests.stack import Process, eventually
 from tests.valkey import ValkeyServer
 
@@ -113,3 +115,14 @@ async def test_a_server_that_does_not_come_is_unavailable() -> None:
     async with open_redis("redis://127.0.0.1:1/0") as redis:
         with pytest.raises(Unavailable, match=r"has not answered for 0 s: .*IMG2IMG_REDIS_URL: .*127\.0\.0\.1:1"):
             await check_server(redis, patience=0)
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    """In one line, with the settings to change; a host that is not ours, too."""
+    with closing(bind_http(Settings(http_port=0))) as taken:
+        port = taken.getsockname()[1]
+        expected = rf"Cannot listen on 127\.0\.0\.1:{port} \(Address already in use\): change IMG2IMG_HTTP_PORT \(or"
+        with pytest.raises(ConfigurationError, match=expected):
+            bind_http(Settings(http_port=port))
+    with pytest.raises(ConfigurationError, match=r"\(or IMG2IMG_HOST\)"):
+        bind_http(Settings(host="192.0.2.1", http_port=0))
