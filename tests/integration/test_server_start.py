@@ -1,5 +1,6 @@
 """Which servers a process starts on, how long it waits for one, and what it says."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ from img2img.errors import ConfigurationError, Unavailable
 from img2img.server import check_server, open_redis
 from img2img.settings import Settings
 from tests.stack import Process, eventually
+from tests.up.running import Terminal
 from tests.valkey import ValkeyServer
 
 REMEDY = r"use redis://\[user:password@\]host:6379/0, unix:///path/to/socket, or redis\+sentinel://"
@@ -103,6 +105,16 @@ def test_a_server_that_comes_later_is_waited_for(tmp_path: Path, kind: str) -> N
         with server:
             process.wait_ready()
             assert waits(process) == 1
+
+
+@pytest.mark.parametrize("kind", ["gateway", "worker"])
+def test_ctrl_c_ends_the_wait_quietly(kind: str, unused_tcp_port: int) -> None:
+    environment = {"IMG2IMG_REDIS_URL": f"redis://127.0.0.1:{unused_tcp_port}/0", "IMG2IMG_METRICS_PORT": "-1"}
+    with Terminal(kind, IMG2IMG_ENGINE="fake", IMG2IMG_HTTP_PORT="0", IMG2IMG_GRPC_PORT="0", **environment) as terminal:
+        terminal.shows("waiting_for_queue_server")
+        terminal.press_ctrl_c()
+        assert terminal.wait() == -signal.SIGINT
+    assert "Traceback" not in terminal.text
 
 
 def waits(process: Process) -> int:
