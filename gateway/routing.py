@@ -77,8 +77,8 @@ class Router:
         model = checked.options.model
         route = self.pools.route(model, class_of(checked.parameters))
         if route is None:
-            known = ", ".join(self.models) or "none"
-            raise ModelNotFound(f"No such model {model!r}: leave 'options.model' out, or name one of these: {known}")
+            known = f", or name one of these: {', '.join(self.models)}" if self.models else ": no route names a model"
+            raise ModelNotFound(f"No such model {model!r}: leave 'options.model' out{known}")
         return route
 
     def _candidate(self, pool: Pool, route: Route, checked: CheckedRequest, share: Share) -> Candidate:

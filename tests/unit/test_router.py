@@ -3,7 +3,7 @@
 import pytest
 
 from gateway.routing import Router
-from img2img.errors import ResidencyConflict, SpendCapReached
+from img2img.errors import ModelNotFound, ResidencyConflict, SpendCapReached
 from img2img.pools import Pool, Pools, Route
 from img2img.queue_types import Share
 from img2img.requests import build_request
@@ -32,3 +32,12 @@ def test_a_pool_that_no_day_can_pay_for_is_left_out() -> None:
     assert names(LOCAL, BURST, share=Share(spend_per_day=0.4)) == ["local"]
     with pytest.raises(SpendCapReached, match="on a day"):
         names(BURST, share=Share(spend_per_day=0.0))
+
+
+def test_an_unknown_model_is_told_which_there_are() -> None:
+    request = build_request({"prompt": "a lion"}, {"model": "dogs"})
+    anything, cats = Route(pools=("local",)), Route(pools=("local",), model="cats")
+    with pytest.raises(ModelNotFound, match=r"leave 'options\.model' out, or name one of these: cats$"):
+        Router(Pools([LOCAL], [anything, cats]), max_queued=10).candidates(request, Share())
+    with pytest.raises(ModelNotFound, match=r"leave 'options\.model' out: no route names a model$"):
+        Router(Pools([LOCAL], [anything]), max_queued=10).candidates(request, Share())
