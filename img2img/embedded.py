@@ -57,7 +57,9 @@ class DataLock:
             self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._descriptor = os.open(self.data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as exc:
-            raise ConfigurationError(f"Data folder {self.data_dir} cannot be used: {exc.strerror}") from exc
+            raise ConfigurationError(
+                f"Data folder {self.data_dir} cannot be used ({exc.strerror}): choose another with --data-dir"
+            ) from exc
         try:
             await self._acquire()
         except BaseException:

@@ -123,6 +123,13 @@ def test_a_port_in_use(option: str, tmp_path: Path) -> None:
     assert not (tmp_path / "valkey.log").exists()
 
 
+def test_a_data_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = run("up", "--data-dir", str(tmp_path / "file" / "data"), "--http-port", "0", "--grpc-port", "0")
+    assert ended.returncode == 1
+    assert "cannot be used (Not a directory): choose another with --data-dir" in ended.stderr
+
+
 def test_a_wrong_setting(tmp_path: Path) -> None:
     """A variable that is no setting is refused before anything is started."""
     ended = run("up", "--data-dir", str(tmp_path), "--http-port", "0", "--grpc-port", "0", IMG2IMG_COLOUR="blue")
