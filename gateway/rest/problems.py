@@ -101,7 +101,10 @@ def on_http_exception(request: AnyRequest, error: HTTPException) -> Response[byt
         return problem(errors.NotFound(f"No route {request.method} {request.url.path}: see /schema"))
     if (wrong := wrong_parameter(error)) is not None:
         return problem(wrong)
-    return _respond(error.status_code, error.detail, "http", headers)
+    detail = error.detail
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        detail = f"No {request.method} on {request.url.path}: see /schema"
+    return _respond(error.status_code, detail, "http", headers)
 
 
 def wrong_parameter(error: HTTPException) -> InvalidRequest | None:

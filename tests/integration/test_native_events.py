@@ -291,7 +291,7 @@ def test_a_missing_route_points_to_the_schema(client: httpx.Client) -> None:
     assert "/schema" in problem(client.get("/v1/nothing"), 404, "not_found")
     assert "/schema" in problem(client.get("/"), 404, "not_found")
     answer = client.delete("/v1/jobs")
-    problem(answer, 405, "http")
+    assert problem(answer, 405, "http") == "No DELETE on /v1/jobs: see /schema"
     assert set(answer.headers["allow"].split(", ")) >= {"GET", "POST"}
 
 
