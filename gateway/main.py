@@ -5,7 +5,6 @@ import contextlib
 import math
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 
@@ -25,6 +24,7 @@ from gateway.rpc.scaler import open_scaler
 from gateway.rpc.server import open_server
 from gateway.scaling import Scaling
 from gateway.service import JobService
+from gateway.sockets import listen
 from gateway.tenants import Tenants
 from gateway.upkeep import run_upkeep, run_upkeep_of_others
 from img2img import telemetry, tracing
@@ -63,22 +63,6 @@ def load_tenants(settings: Settings) -> Tenants:
             "set IMG2IMG_TENANTS_FILE (img2img keys new ACCOUNT), or IMG2IMG_HOST=127.0.0.1"
         )
     return Tenants.open_local()
-
-
-def bind_http(settings: Settings) -> socket.socket:
-    """The listening socket.
-
-    Raises:
-        ConfigurationError: the port is taken or the host is not ours.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
-    except OSError as exc:
-        why = (exc.strerror or str(exc)).partition(" (while")[0]  # the socket module names the address once more
-        raise ConfigurationError(
-            f"Cannot listen on {settings.host}:{settings.http_port} ({why}): change IMG2IMG_HTTP_PORT (or IMG2IMG_HOST)"
-        ) from exc
 
 
 def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
@@ -140,7 +124,7 @@ async def serve(settings: Settings) -> None:
         budgets, drain = Budgets(settings.max_body_bytes_in_flight), Drain(parts.queue, settings)
         scaling = Scaling(service, router.pools, settings)
         http = http_server(build_app(service, tenants, settings, budgets, drain, scaling), settings)
-        with bind_http(settings) as listener:
+        with listen(settings, "http_port") as listener:
             async with (
                 open_server(service, tenants, settings, budgets, drain) as grpc_server,
                 open_scaler(scaling, settings) as scaler_port,

@@ -7,6 +7,7 @@ from typing import Final
 import grpc
 import grpc.aio
 
+from gateway.sockets import listen
 from img2img.errors import ConfigurationError
 from img2img.settings import PREFIX, Settings
 
@@ -31,6 +32,8 @@ def bind(server: grpc.aio.Server, settings: Settings, setting: str, credentials:
     Raises:
         ConfigurationError: the port cannot be had.
     """
+    # First as a plain socket: gRPC would write a line of its own to standard error, and say less.
+    listen(settings, setting).close()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{getattr(settings, setting)}"
     try:
@@ -38,9 +41,7 @@ def bind(server: grpc.aio.Server, settings: Settings, setting: str, credentials:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, credentials)
     except RuntimeError as exc:
-        raise ConfigurationError(
-            f"Cannot listen on {address}: end what uses the port, or change {_variable(setting)} (or IMG2IMG_HOST)"
-        ) from exc
+        raise ConfigurationError(f"Cannot listen on {address}: change {_variable(setting)} (or IMG2IMG_HOST)") from exc
 
 
 def credentials_of(

@@ -1,6 +1,7 @@
 """Which servers a process starts on, how long it waits for one, and what it says."""
 
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -8,12 +9,12 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from gateway.main import bind_http
+from gateway.sockets import listen
 from img2img.errors import ConfigurationError, Unavailable
 from img2img.server import check_server, open_redis
 from img2img.settings import Settings
 from tests.stack import Process, eventually
-from tests.up.running import Terminal
+from tests.up.running import Terminal, run
 from tests.valkey import ValkeyServer
 
 REMEDY = r"use redis://\[user:password@\]host:6379/0, unix:///path/to/socket, or redis\+sentinel://"
@@ -129,12 +130,20 @@ async def test_a_server_that_does_not_come_is_unavailable() -> None:
             await check_server(redis, patience=0)
 
 
-def test_a_port_that_is_taken_is_told() -> None:
-    """In one line, with the settings to change; a host that is not ours, too."""
-    with closing(bind_http(Settings(http_port=0))) as taken:
+@pytest.mark.parametrize("setting", ["http_port", "grpc_port", "scaler_port"])
+def test_a_port_that_is_taken_is_one_line(setting: str, server: ValkeyServer) -> None:
+    """With why, and the settings to change."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        expected = rf"Cannot listen on 127\.0\.0\.1:{port} \(Address already in use\): change IMG2IMG_HTTP_PORT \(or"
-        with pytest.raises(ConfigurationError, match=expected):
-            bind_http(Settings(http_port=port))
+        ports = {"IMG2IMG_HTTP_PORT": "0", "IMG2IMG_GRPC_PORT": "0", f"IMG2IMG_{setting.upper()}": str(port)}
+        ended = run("gateway", IMG2IMG_REDIS_URL=server.url, IMG2IMG_LOG_LEVEL="error", **ports)
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        f"img2img gateway: Cannot listen on 127.0.0.1:{port} (Address already in use): end what uses the port, "
+        f"or change IMG2IMG_{setting.upper()} (or IMG2IMG_HOST)\n"
+    )
+
+
+def test_a_host_that_is_not_ours_is_told() -> None:
     with pytest.raises(ConfigurationError, match=r"\(or IMG2IMG_HOST\)"):
-        bind_http(Settings(host="192.0.2.1", http_port=0))
+        listen(Settings(host="192.0.2.1"), "http_port")
