@@ -19,6 +19,7 @@ from opentelemetry.instrumentation.propagators import TraceResponsePropagator, s
 from gateway.budget import Budgets
 from gateway.drain import Drain
 from gateway.rest.app import build_app
+from gateway.rest.connection import BoundedConnection
 from gateway.rest.measures import measured
 from gateway.routing import open_router
 from gateway.rpc.scaler import open_scaler
@@ -93,7 +94,7 @@ def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
     )
     config = uvicorn.Config(
         traced,
-        http="httptools",
+        http=BoundedConnection,
         ws="none",
         lifespan="off",
         log_config=None,
