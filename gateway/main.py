@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -108,6 +109,15 @@ def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
     return HttpServer(config)
 
 
+def raise_descriptor_limit() -> None:
+    """Allow as many connections as the system lets this process have: where little is said that is 1,024 files, and
+    whoever connects beyond that is cut off without a word.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS says "infinity" and takes less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _start_side_tasks(group: asyncio.TaskGroup, service: JobService, parts: Parts) -> list[asyncio.Task[None]]:
     """What goes on beside the servers: upkeep of every queue, and a look at the event loop's lag."""
     retention = parts.settings.input_retention
@@ -166,6 +176,7 @@ def main() -> None:
     try:
         settings = Settings.from_environment()
         telemetry.configure_logging(settings.log_level, settings.log_format)
+        raise_descriptor_limit()
         with tracing.tracing("img2img-gateway"):
             uvloop.run(serve(settings))
     except Img2ImgError as exc:

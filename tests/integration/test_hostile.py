@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -411,6 +412,20 @@ def test_many_idle_connections_do_no_harm(gateway: Gateway, client: httpx.Client
             connection = idle.enter_context(socket.create_connection(address(gateway), timeout=30))
             connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost:")
         assert is_picture(client.post(run_path(), content='{"prompt": "x"}'))
+
+
+def test_connections_are_not_bounded_by_the_usual_number_of_files(stack: Stack) -> None:
+    """A process may have 1,024 files open unless it asks for more; here as few as 256, so that it is quick."""
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, usual[1]))
+    try:
+        gateway = stack.gateway()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+    with ExitStack() as idle, gateway.client() as client:
+        for _ in range(300):
+            idle.enter_context(socket.create_connection(address(gateway), timeout=30))
+        assert client.get("/health/live").status_code == 200
 
 
 @pytest.mark.parametrize(
