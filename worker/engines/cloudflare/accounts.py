@@ -2,13 +2,13 @@
 
 import hashlib
 import re
-import tomllib
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from img2img.errors import ConfigurationError
+from img2img.toml_files import read_toml
 from img2img.upstream import Credential
 
 ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -35,7 +35,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     id: str
     token: str | None = None
-    token_file: Path | None = None
+    token_file: str | None = None
 
     def __repr__(self) -> str:
         return f"Entry({self.id!r})"
@@ -67,18 +67,7 @@ def load_accounts(account: str | None, token: str | None, path: Path | None) -> 
 
 
 def _read(path: Path) -> tuple[Account, ...]:
-    try:
-        content = msgspec.convert(tomllib.loads(path.read_text("utf-8")), File, dec_hook=_path)
-    except OSError as exc:
-        raise ConfigurationError(
-            f"{path} cannot be read ({exc.strerror}): check IMG2IMG_UPSTREAM_ACCOUNTS_FILE"
-        ) from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigurationError(f"{path} is not UTF-8: {REMEDY}") from exc
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigurationError(f"{path} is not TOML: {exc}: {REMEDY}") from exc
-    except msgspec.ValidationError as exc:
-        raise ConfigurationError(f"{path}: {exc}: {REMEDY}") from exc
+    content = read_toml(path, File, "IMG2IMG_UPSTREAM_ACCOUNTS_FILE", REMEDY)
     accounts = tuple(_account(path, number, entry) for number, entry in enumerate(content.accounts, 1))
     if not accounts:
         raise ConfigurationError(f"{path} has no accounts: {REMEDY}")
@@ -108,12 +97,6 @@ def _checked(account_id: str, token: str, id_name: str, token_name: str) -> Acco
     if not TOKEN.fullmatch(token):
         raise ConfigurationError(f"{token_name} must be 1 to 512 visible ASCII characters: copy the token again")
     return Account(account_id, token)
-
-
-def _path(kind: type, value: object) -> object:
-    if kind is Path:
-        return Path(str(value))
-    raise TypeError(kind)
 
 
 def _digest(text: str) -> str:
