@@ -102,6 +102,7 @@ def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
+        reset_contextvars=True,  # a request that is sent before the last one is answered belongs to no trace of that
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,

@@ -405,6 +405,17 @@ def test_a_body_that_breaks_off_is_no_job(gateway: Gateway, client: httpx.Client
     assert len(jobs_of(client)) == before
 
 
+def test_requests_of_one_connection_share_no_trace(gateway: Gateway, client: httpx.Client) -> None:
+    """The second is sent before the first is answered, and is nobody's child all the same."""
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    order = HEAD + b"Content-Length: 14\r\n"
+    traced = f"traceparent: 00-{trace_id}-b7ad6b7169203331-01\r\n".encode()
+    with socket.create_connection(address(gateway), timeout=30) as connection, connection.makefile("rb") as answers:
+        connection.sendall(order + traced + b'\r\n{"prompt":"1"}' + order + b'Connection: close\r\n\r\n{"prompt":"2"}')
+        assert answers.read().count(b"HTTP/1.1 202 ") == 2
+    assert [job["trace_id"] for job in jobs_of(client)[:2]] == [None, trace_id]
+
+
 def test_many_idle_connections_do_no_harm(gateway: Gateway, client: httpx.Client) -> None:
     """Connections that never finish their headers wait without holding up anybody."""
     with ExitStack() as idle:
