@@ -164,3 +164,13 @@ async def test_a_parked_job_survives(queue: JobQueue, redis: ArqRedis) -> None:
     assert await redis.zscore(queue.alive_key, arq_id) is not None
     assert (await queue.get(job_id)).state == JobState.QUEUED
     assert (await queue.cancel(job_id)) == JobState.CANCELED
+
+
+async def test_a_page_of_one_state_takes_few_trips(queue: JobQueue, redis: ArqRedis) -> None:
+    """However short the page is, and however far between its jobs are."""
+    mine = [await submit(queue) for _ in range(150)]
+    await queue.cancel(mine[0])
+    await redis.config_resetstat()
+    page = await queue.list_jobs("acme", state=JobState.CANCELED, limit=1)
+    assert [job.id for job in page.jobs] == [mine[0]]
+    assert (await redis.info("commandstats"))["cmdstat_zrevrange"]["calls"] == 2
