@@ -25,6 +25,7 @@ from img2img.errors import (
     IdempotencyConflict,
     Img2ImgError,
     InvalidRequest,
+    JobNotFound,
     NoCapacity,
     NotReplayable,
     ResultGone,
@@ -41,10 +42,8 @@ from img2img.spending import Spending
 from img2img.wiring import Parts
 
 THREAD_ABOVE: Final = 16 * 1024
-"""Requests with more picture bytes than this are checked and hashed in a thread.
-
-Not many more: a file of 64 KiB may hold 60 MB of compressed text, which its reader unpacks in 150 ms.
-"""
+"""Requests with more picture bytes than this are checked and hashed in a thread. 64 KiB would be too many: they may
+hold 60 MB of compressed text, which takes 150 ms to unpack."""
 KEEP_ALIVE: Final = 15.0
 INPUT_MARGIN: Final = 3600.0
 
@@ -393,5 +392,7 @@ class JobService:
         for job_id in job_ids:
             try:
                 await self._queue.cancel(job_id, StopReason.DISCONNECT)
+            except JobNotFound:
+                continue  # it was refused, and the batch with it
             except Img2ImgError as exc:
                 log.warning("job_not_taken_back", job=job_id, error=str(exc))

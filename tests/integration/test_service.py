@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from gateway.routing import open_router
 from gateway.service import JobService, Order
@@ -140,6 +141,14 @@ async def test_a_failed_batch_takes_back_what_it_can(queue: ForgetfulQueue, serv
         await service.create_batch("acme", [order() for _ in range(4)], [None] * 4)
     jobs = (await service.list_jobs("acme")).jobs
     assert [job.state for job in reversed(jobs)] == ["queued", "canceled", "canceled"]
+
+
+async def test_a_refused_batch_has_nothing_to_take_back(service: JobService) -> None:
+    """And nothing to complain of in the log."""
+    with capture_logs() as logs, pytest.raises(NoCapacity):
+        await service.create_batch("acme", [order(), order(busy=True)], [None] * 2)
+    assert [job.state for job in (await service.list_jobs("acme")).jobs] == ["canceled"]
+    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == []
 
 
 async def test_a_batch_outlives_its_jobs(parts: Parts, service: JobService) -> None:
