@@ -1,6 +1,7 @@
 """What the HTTP server bounds of a connection: how long a head may be and take, and how long an answer may be read."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -29,13 +30,15 @@ async def late(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def connected(app: Any = late) -> AsyncIterator[Streams]:
-    """A connection to a server of ``app``."""
+async def connected(app: Any = late, first: bytes = b"") -> AsyncIterator[Streams]:
+    """A connection to a server of ``app``; ``first`` is sent before the server can know of it."""
     config = uvicorn.Config(app, http=BoundedConnection, lifespan="off", log_config=None)
     loop, state = asyncio.get_running_loop(), uvicorn.server.ServerState()
     server = await loop.create_server(lambda: BoundedConnection(config, state, {}), "127.0.0.1", 0)
     async with server:
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        client = socket.create_connection(server.sockets[0].getsockname())
+        client.sendall(first)
+        reader, writer = await asyncio.open_connection(sock=client)
         yield reader, writer
         writer.close()
 
@@ -43,17 +46,16 @@ async def connected(app: Any = late) -> AsyncIterator[Streams]:
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\nX:"])
 async def test_a_head_that_does_not_end_is_given_up(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEAD_SECONDS", SHORT)
-    async with connected() as (reader, writer):
-        writer.write(sent)
+    async with connected(first=sent) as (reader, _):
         assert await reader.read() == b""
 
 
 async def test_an_answer_may_take_longer_than_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEAD_SECONDS", SHORT)
-    async with connected() as (reader, writer):
+    async with connected(first=GET) as (reader, writer):
         for _ in range(2):
-            writer.write(GET)
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204 ")
+            writer.write(GET)
 
 
 async def test_a_long_head_is_refused_and_a_long_body_is_not() -> None:
