@@ -143,8 +143,15 @@ def _named(formats: tuple[str, ...]) -> str:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB, on white where it is transparent. It reads every pixel: call it in a thread."""
+    """The picture as 8-bit RGB, on white where it is transparent. It reads every pixel: call it in a thread.
+
+    Raises:
+        One of ``HEADER_ERRORS``, or ``EOFError``: it is damaged.
+    """
+    picture.load()
     picture = _to_eight_bit(picture)
+    if picture.mode == "P" and picture.palette is None:
+        raise ValueError("its palette is missing")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture)
