@@ -90,7 +90,8 @@ def signal_of(pool: str, stats: QueueStats, at: datetime, target: float, calls: 
         demand = demand_seconds(backlog, busy, target)
     elif workers and not slots:
         # The upstream takes no calls: more workers would only try in vain, and without any nobody would try at all.
-        demand = target * max(1, stats.running) / calls.at_once
+        # Where no job is ready there is nothing to try with, and a pool may go to zero.
+        demand = target * max(min(1, stats.queued), stats.running) / calls.at_once
     else:
         demand = target * calls_owed(stats.queued, stats.running, stats.seconds, calls) / calls.at_once
     return Signal(

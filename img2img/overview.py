@@ -11,6 +11,7 @@ from img2img.spending import ALL, Spending
 class PoolOverview(msgspec.Struct, frozen=True, kw_only=True):
     """A pool at one moment: jobs by state, ``seconds`` of work that could begin, and amounts of this day (UTC).
 
+    ``paused`` are those of the ``workers`` that take no jobs now, because a service that they call takes no calls.
     ``spent`` counts calls and what is reserved for calls to come; None where nothing costs anything. ``tenants`` has
     that of each account, without those that spent nothing.
     """
@@ -19,6 +20,7 @@ class PoolOverview(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     model: str | None
     workers: int
+    paused: int
     queued: int
     delayed: int
     running: int
@@ -46,6 +48,7 @@ async def _of(redis: ArqRedis, pool: Pool) -> PoolOverview:
         engine=pool.engine,
         model=pool.model,
         workers=len(stats.workers),
+        paused=sum(worker.paused for worker in stats.workers),
         queued=stats.queued,
         delayed=stats.delayed,
         running=stats.running,

@@ -40,6 +40,7 @@ from img2img.queue_types import (
     Lifetime,
     Page,
     QueueStats,
+    Rules,
     Share,
     Submitted,
     Waiter,
@@ -47,12 +48,12 @@ from img2img.queue_types import (
 )
 from img2img.records import (
     JOB_FIELDS,
+    order_of,
     read_claim,
     read_discard,
     read_job,
     read_refusal,
     read_stop,
-    work_of,
 )
 from img2img.scripts import Scripts
 from img2img.server import milliseconds, translated
@@ -67,46 +68,20 @@ log = structlog.get_logger(__name__)
 
 
 class JobQueue:
-    """One queue of one shard. Every method raises ``Unavailable`` when the server cannot be reached.
+    """One queue of one shard. Every method raises ``Unavailable`` when the server cannot be reached."""
 
-    A job may fail ``attempts`` times and lose ``crash_limit`` workers; ``max_queued`` jobs may wait (0: no limit);
-    with ``refuse_late`` a job that will hardly meet its deadline is refused.
-    """
-
-    def __init__(
-        self,
-        redis: ArqRedis,
-        name: str = "default",
-        *,
-        attempts: int = 3,
-        crash_limit: int = 2,
-        priority_seconds: float = 30.0,
-        max_queued: int = 0,
-        refuse_late: bool = True,
-    ) -> None:
+    def __init__(self, redis: ArqRedis, name: str = "default", rules: Rules | None = None) -> None:
         self.redis = redis
         self.name = name
         self.prefix = f"img2img:{{{SHARD}}}:"
         self.alive_key = f"arq:queue:{{{SHARD}}}:{name}"
         self.wake_key = f"{self.prefix}wake:{name}"
-        self._attempts = attempts
-        self._crash_limit = crash_limit
-        self._priority_seconds = priority_seconds
-        self._max_queued = max_queued
-        self._refuse_late = refuse_late
+        self._rules = rules or Rules()
         self._scripts = Scripts(redis, self.prefix, name)
 
     def sibling(self, name: str) -> "JobQueue":
         """Another queue of the same server, with the same rules."""
-        return JobQueue(
-            self.redis,
-            name,
-            attempts=self._attempts,
-            crash_limit=self._crash_limit,
-            priority_seconds=self._priority_seconds,
-            max_queued=self._max_queued,
-            refuse_late=self._refuse_late,
-        )
+        return JobQueue(self.redis, name, self._rules)
 
     @staticmethod
     def new_id() -> str:
@@ -140,8 +115,8 @@ class JobQueue:
             QueueFull, AccountQueueFull, DeadlineUnreachable: too much waits.
             SpendCapReached: the pools that would take it cost more than may be spent today.
         """
-        order = self._order(spec, lifetime, share or Share()) | {"join": join, "waiter": waiter}
-        order["pools"] = pools or (Candidate(self.name, max_queued=self._max_queued),)
+        order = order_of(spec, lifetime, share or Share(), self._rules) | {"join": join, "waiter": waiter}
+        order["pools"] = pools or (Candidate(self.name, max_queued=self._rules.max_queued),)
         answer = await self._scripts.run_with_others("submit", msgspec.json.encode(spec), msgspec.json.encode(order))
         match [part.decode() for part in answer]:
             case ["joined", job_id]:
@@ -153,30 +128,6 @@ class JobQueue:
             case [why, pause, eta]:
                 raise read_refusal(why, float(pause), float(eta) if eta else None)
         return Submitted(spec.id, created=True, pool=answer[1].decode())
-
-    def _order(self, spec: JobSpec, lifetime: Lifetime, share: Share) -> dict[str, object]:
-        options, work = spec.options, work_of(spec.parameters)
-        return {
-            "id": spec.id,
-            "account": spec.account,
-            "fingerprint": spec.fingerprint,
-            "inputs": spec.inputs,
-            "lifetime": milliseconds(lifetime.seconds),
-            "own_deadline": lifetime.asked_for,
-            "keep": milliseconds(lifetime.keep),
-            "horizon": milliseconds(max(lifetime.longest, lifetime.seconds) + lifetime.keep),
-            "not_before": 0 if options.not_before is None else milliseconds(options.not_before.timestamp()),
-            "boost": milliseconds(options.priority * self._priority_seconds),
-            "reject_if_busy": options.reject_if_busy,
-            "refuse_late": self._refuse_late,
-            "max_failures": self._attempts,
-            "max_crashes": self._crash_limit,
-            "max_queued_account": share.max_queued,
-            "weight": share.weight,
-            "size": work.size,
-            "pixels": work.pixels,
-            "steps": work.steps,
-        }
 
     async def get(self, job_id: str, account: str | None = None) -> Job:
         """The job as it stands; with ``account``, only if it is that account's.
@@ -288,16 +239,17 @@ class JobQueue:
         answer = await self._scripts.run("preview", claim.id, claim.fence, whole, msgspec.json.encode(bare))
         return None if answer == b"ok" else read_stop(answer)
 
-    async def sent(self, claim: Claim, call: int, on_lost: OnLost | None) -> StopReason | None:
+    async def sent(self, claim: Claim, call: int, on_lost: OnLost | None, *, billed: bool = False) -> StopReason | None:
         """Record, before it is made, a call that may be billed; None takes the word back. Safe to repeat.
 
         ``call`` numbers the attempt's calls; ``on_lost`` is what becomes of the job if the attempt ends without that
-        call's answer. Answers with the reason if the job should stop; after ``LEASE_LOST`` nothing was written.
+        call's answer. With None, what the call costs pays for the next one, unless it was ``billed`` all the same.
+        Answers with the reason if the job should stop; after ``LEASE_LOST`` nothing was written.
 
         Raises:
             SpendCapReached: the call must not be made, because it would cost more than may be spent today.
         """
-        answer = await self._scripts.run("sent", claim.id, claim.fence, call, on_lost or "")
+        answer = await self._scripts.run("sent", claim.id, claim.fence, call, on_lost or "", int(billed))
         if answer.startswith(UNAFFORDABLE):
             raise read_refusal("spend", float(answer.removeprefix(UNAFFORDABLE)), None)
         return None if answer == b"ok" else read_stop(answer)

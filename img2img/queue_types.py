@@ -10,6 +10,20 @@ INPUT_BLOB: Final = "input:"
 """How the key of a job's input files begins."""
 
 
+class Rules(msgspec.Struct, frozen=True):
+    """What a queue grants its jobs: each may fail ``attempts`` times and lose ``crash_limit`` workers.
+
+    A level of priority is a head start of ``priority_seconds``. ``max_queued`` jobs may wait (0: no limit) where a
+    submission names no pools; with ``refuse_late`` a job that will hardly meet its deadline is refused.
+    """
+
+    attempts: int = 3
+    crash_limit: int = 2
+    priority_seconds: float = 30.0
+    max_queued: int = 0
+    refuse_late: bool = True
+
+
 class Join(msgspec.Struct, frozen=True):
     """How a request finds the job of an equal one: by idempotency key, or as a retried call (ttl in ms)."""
 

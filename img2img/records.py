@@ -1,4 +1,4 @@
-"""What the scripts in ``lua/`` write and answer, read back: a job's record above all. Fields: docs/queue.md."""
+"""What the scripts in ``lua/`` are told of a job, and what they write and answer, read back. Fields: docs/queue.md."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -17,8 +17,9 @@ from img2img.jobs import (
     StopReason,
     StoredCheckpoint,
 )
-from img2img.queue_types import Claim, Discard
+from img2img.queue_types import Claim, Discard, Lifetime, Rules, Share
 from img2img.requests import Parameters
+from img2img.server import milliseconds
 
 JOB_FIELDS: Final = (
     "spec", "account", "state", "created", "expires", "attempt", "started", "finished", "running", "outcome", "stop",
@@ -43,6 +44,32 @@ def work_of(parameters: Parameters) -> Work:
         return Work("native", 0, parameters.steps)
     across, down = (-(-side // SIZE_GRID) * SIZE_GRID for side in (width, height))
     return Work(f"{across}x{down}", width * height, parameters.steps)
+
+
+def order_of(spec: JobSpec, lifetime: Lifetime, share: Share, rules: Rules) -> dict[str, object]:
+    """What ``submit.lua`` is told of a job, but for its pools and whom it joins or waits for."""
+    options, work = spec.options, work_of(spec.parameters)
+    return {
+        "id": spec.id,
+        "account": spec.account,
+        "fingerprint": spec.fingerprint,
+        "inputs": spec.inputs,
+        "lifetime": milliseconds(lifetime.seconds),
+        "own_deadline": lifetime.asked_for,
+        "keep": milliseconds(lifetime.keep),
+        "horizon": milliseconds(max(lifetime.longest, lifetime.seconds) + lifetime.keep),
+        "not_before": 0 if options.not_before is None else milliseconds(options.not_before.timestamp()),
+        "boost": milliseconds(options.priority * rules.priority_seconds),
+        "reject_if_busy": options.reject_if_busy,
+        "refuse_late": rules.refuse_late,
+        "max_failures": rules.attempts,
+        "max_crashes": rules.crash_limit,
+        "max_queued_account": share.max_queued,
+        "weight": share.weight,
+        "size": work.size,
+        "pixels": work.pixels,
+        "steps": work.steps,
+    }
 
 
 def read_job(row: Sequence[Any]) -> Job:

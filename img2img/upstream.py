@@ -36,12 +36,17 @@ class Credential(msgspec.Struct, frozen=True):
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """How many calls are made within a window (seconds): of an account, and with a token."""
+    """How many calls are made within a window (seconds): of an account, and with a token.
+
+    For ``new_day`` seconds after 00:00 UTC a used-up day may be the one before: of a call that was made on that, or by
+    an upstream whose clock is late.
+    """
 
     account_calls: int = 1500
     account_window: float = 60.0 + ARRIVAL_SPREAD
     token_calls: int = 1200
     token_window: float = 300.0 + ARRIVAL_SPREAD
+    new_day: float = 300.0
 
 
 class Pause(msgspec.Struct, frozen=True):
@@ -83,6 +88,15 @@ class UpstreamLedger:
 
     async def admit(self, credentials: Sequence[Credential]) -> Credential | Pause:
         """Take one call out of the limits of the one of ``credentials`` with most room."""
+        number, *pause = await self._ask(credentials, takes=True)
+        return _pause(pause) or credentials[int(number) - 1]
+
+    async def pause(self, credentials: Sequence[Credential]) -> Pause | None:
+        """For how long none of ``credentials`` may make a call; None if one may now. Asking takes nothing."""
+        _, *pause = await self._ask(credentials, takes=False)
+        return _pause(pause)
+
+    async def _ask(self, credentials: Sequence[Credential], *, takes: bool) -> Any:
         rates = self._rates
         windows = (
             rates.account_calls,
@@ -91,10 +105,7 @@ class UpstreamLedger:
             milliseconds(rates.token_window),
         )
         pairs = [value for credential in credentials for value in msgspec.structs.astuple(credential)]
-        number, *pause = await self._run("upstream_admit", *windows, *pairs)
-        if pause:
-            return Pause(pause[0] / 1000, pause[1].decode())
-        return credentials[int(number) - 1]
+        return await self._run("upstream_admit", *windows, int(takes), *pairs)
 
     async def settle(
         self,
@@ -108,11 +119,10 @@ class UpstreamLedger:
         """Note what an answer brought, and what it said of its account.
 
         With ``held`` the credential is left alone for so many seconds; with ``parked`` its account until the next
-        00:00 UTC.
+        00:00 UTC, or on a new day for a minute.
         """
-        await self._run(
-            "upstream_settle", *msgspec.structs.astuple(credential), pictures, neurons, milliseconds(held), int(parked)
-        )
+        told = (pictures, neurons, milliseconds(held), int(parked), milliseconds(self._rates.new_day))
+        await self._run("upstream_settle", *msgspec.structs.astuple(credential), *told)
 
     async def accounts(self) -> list[str]:
         """Those with which calls were made lately, by their ids."""
@@ -141,6 +151,10 @@ class UpstreamLedger:
     async def _run(self, script: str, *arguments: Any) -> Any:
         with translated():
             return await self._scripts[script](keys=[self._prefix], args=[NO_QUEUE, *arguments])
+
+
+def _pause(told: Sequence[Any]) -> Pause | None:
+    return Pause(told[0] / 1000, told[1].decode()) if told else None
 
 
 @asynccontextmanager

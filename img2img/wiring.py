@@ -7,6 +7,7 @@ import msgspec
 
 from img2img.blobs import BlobStore, open_blobs
 from img2img.queue import JobQueue
+from img2img.queue_types import Rules
 from img2img.server import check_server, open_redis
 from img2img.settings import Settings
 
@@ -30,14 +31,13 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(open_redis(settings.redis_url))
         await check_server(redis)
-        queue = JobQueue(
-            redis,
-            settings.queue,
+        rules = Rules(
             attempts=settings.attempts,
             crash_limit=settings.crash_limit,
             priority_seconds=settings.priority_seconds,
             max_queued=settings.max_queued,
             refuse_late=settings.refuse_late,
         )
+        queue = JobQueue(redis, settings.queue, rules)
         blobs = await stack.enter_async_context(open_blobs(settings.blobs, redis, queue.prefix))
         yield Parts(settings, queue, blobs)

@@ -99,7 +99,8 @@ def choose_checker(settings: Settings) -> SafetyChecker | None:
 def _describe(name: str, engine: Engine, settings: Settings) -> WorkerInfo:
     info = engine.info
     slots = engine.slots(settings.concurrency)
-    return WorkerInfo(name, slots, info.name, info.model, info.device, math.prod(info.native_size))
+    pixels = math.prod(info.native_size)
+    return WorkerInfo(name, slots, info.name, info.model, info.device, pixels, paused=slots == 0)
 
 
 async def serve(

@@ -220,7 +220,7 @@ class JobRunner:
                             attempt.calls += 1
                             await self._mark_sent(attempt, output.on_lost)
                         case Answered():
-                            await self._mark_sent(attempt, None)
+                            await self._mark_sent(attempt, None, billed=output.billed)
                         case Image():
                             return output
         finally:
@@ -230,14 +230,14 @@ class JobRunner:
         await reports.all_stored()
         raise _interruption(StopReason.SHUTDOWN)
 
-    async def _mark_sent(self, attempt: Attempt, on_lost: OnLost | None) -> None:
+    async def _mark_sent(self, attempt: Attempt, on_lost: OnLost | None, *, billed: bool = False) -> None:
         """Have it on record that a call may be billed, or not any more; until then the engine waits.
 
         Raises:
             JobCanceled, Interrupted, LeaseLost: the job is to stop, and no call to be made.
             SpendCapReached: no call is to be made today.
         """
-        reason = await attempt.patiently(lambda: self._queue.sent(attempt.claim, attempt.calls, on_lost))
+        reason = await attempt.patiently(lambda: self._queue.sent(attempt.claim, attempt.calls, on_lost, billed=billed))
         if reason is not None:
             raise _interruption(reason)
 

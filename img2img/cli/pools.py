@@ -66,7 +66,8 @@ def _print(found: "list[PoolOverview]") -> None:
     for name in ("Workers", "Queued", "Delayed", "Running", "Work", "Spent today", "Cap"):
         table.add_column(name, justify="right")
     for pool in found:
-        counts = (pool.workers, pool.queued, pool.delayed, pool.running)
+        workers = f"{pool.workers} ({pool.paused} paused)" if pool.paused else str(pool.workers)
+        counts = (workers, pool.queued, pool.delayed, pool.running)
         money = (_amount(pool.spent), _amount(pool.spend_per_day))
         table.add_row(pool.pool, pool.engine, *map(str, counts), f"{pool.seconds:.0f} s", *money)
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from img2img.cli.times import rounded
+
 if TYPE_CHECKING:
     from img2img.upstream import Books
 
@@ -48,7 +50,7 @@ def _print(found: "list[Books]") -> None:
     if not found:
         click.echo("No calls.")
     for books in found:
-        parked = f", parked for {books.parked_seconds / 3600:.1f} h" if books.parked_seconds else ""
+        parked = f", parked for {rounded(books.parked_seconds)}" if books.parked_seconds else ""
         click.echo(f"{books.account}{parked}")
         for spent in books.days:
             click.echo(

@@ -173,6 +173,7 @@ local function requeue(id, delay, code, message)
   strip_preview(id, running[3])
   redis.call('HDEL', key, 'worker', 'running', 'fence', 'sent', 'call', 'charged')
   redis.call('HSET', key, 'state', 'queued')
+  redis.call('HINCRBY', key, 'ran', int(NOW - running[2]))
   redis.call('DEL', 'arq:in-progress:' .. arq_id(id))
   enqueue(queue, id, job, NOW + delay, cjson.encode({ error = failure(code, message) }))
 end

@@ -58,7 +58,7 @@ local function pay(id)
   return true
 end
 
--- The last call brought no picture: what it would have cost serves the next one.
+-- The last call cost nothing: what it would have cost serves the next one.
 local function unpay(id)
   local charged = field(id, 'charged')
   if not charged then return end

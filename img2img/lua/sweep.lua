@@ -7,5 +7,4 @@ sweep()
 local words = redis.call('LPOP', DISCARD, 100) or redis.call(
   'ZRANGEBYSCORE', DISCARDING, '-inf', int(NOW - PATIENCE), 'LIMIT', 0, 100)
 for _, word in ipairs(words) do redis.call('ZADD', DISCARDING, int(NOW), word) end
-local _, more = overflow(OWN)
-return { more and 0 or next_due(), unpack(words) }
+return { overflow(OWN) and 0 or next_due(), unpack(words) }

@@ -2,7 +2,8 @@
 -- Of the accounts that may send now the one with most room is taken. A window is the list of the times of its latest calls,
 -- never longer than the limit: another call may go when the one that many calls ago has left the window. That is exact, and
 -- what it costs does not depend on the limit.
--- ARGV: queue (none), calls and ms of an account's window, calls and ms of a token's, then of each: account, credential
+-- ARGV: queue (none), calls and ms of an account's window, calls and ms of a token's, whether the call is made (1) or
+--   somebody only asks (0), then of each: account, credential
 -- Returns {number of the chosen one, from 1} | {0, ms until one may go, 'parked' | 'held' | 'limited'}
 local DAY, KEPT = 86400000, 35 * 86400000
 -- So many calls at most leave a window at a time; those that stay longer only make it look fuller.
@@ -34,7 +35,7 @@ local function must_wait(ms, reason)
   if not soonest or ms < soonest then soonest, why = ms, reason end
 end
 
-for i = 6, #ARGV, 2 do
+for i = 7, #ARGV, 2 do
   local account, token = window(ARGV[i], ARGV[2], ARGV[3]), window('token:' .. ARGV[i + 1], ARGV[4], ARGV[5])
   local parked = redis.call('PTTL', P .. 'upstream-parked:' .. ARGV[i])
   local held = redis.call('PTTL', P .. 'upstream-held:' .. ARGV[i + 1])
@@ -48,11 +49,12 @@ for i = 6, #ARGV, 2 do
   elseif limited > 0 then
     must_wait(limited, 'limited')
   elseif math.min(account_room, token_room) > room then
-    best, room = { number = (i - 4) / 2, id = ARGV[i], account = account, token = token }, math.min(account_room, token_room)
+    best, room = { number = (i - 5) / 2, id = ARGV[i], account = account, token = token }, math.min(account_room, token_room)
   end
 end
 
 if not best then return { 0, math.ceil(soonest), why } end
+if ARGV[6] == '0' then return { best.number } end
 note(best.account)
 note(best.token)
 local cost = P .. 'upstream-cost:' .. best.id .. ':' .. int(math.floor(NOW / DAY))

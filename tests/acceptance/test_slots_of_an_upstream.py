@@ -103,14 +103,17 @@ def test_the_operators_number_is_the_most(stack: Stack, client: httpx.Client, up
 def test_a_worker_whose_accounts_are_used_up_is_paused(
     stack: Stack, client: httpx.Client, upstream: UpstreamProcess
 ) -> None:
-    """The service stays ready, takes jobs and lets them wait; who will not wait is told so at once."""
+    """And one that starts then. The service stays ready and lets jobs wait; who will not is told so at once."""
     keep_within_a_day(PATIENCE)
-    stack.worker(**upstream.settings(upstream_account="used-up", **SELDOM))
+    settings = upstream.settings(upstream_account="used-up", **SELDOM)
+    stack.worker(**settings)
     patient = submit(client, prompt="a lion upstream:3036")
     told(client, slots=0, paused=True)
     later = submit(client, prompt="a lion")
+    stack.worker(**settings)
+    eventually(lambda: client.get("/health/ready").json()["workers"] == 2, "both are known")
     ready = client.get("/health/ready")
-    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "workers": 1, "paused": 1})
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "workers": 2, "paused": 2})
     busy = client.post(run_path(), json={"prompt": "a lion", "options": {"rejectIfBusy": True}})
     model_error(busy, 3040, 429, "no_capacity")
     for job, attempts in ((patient, 1), (later, 0)):

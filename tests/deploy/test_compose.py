@@ -97,7 +97,7 @@ def test_traces_go_from_our_processes_through_the_collector_to_tempo(services: d
     assert {services[name]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"] for name in OURS} == {
         f"http://collector:{port}"
     }
-    host, _, port = collector["exporters"]["otlp/tempo"]["endpoint"].partition(":")
+    host, _, port = collector["exporters"]["otlp_grpc/tempo"]["endpoint"].partition(":")
     tempo = yaml.safe_load((DEPLOY / "tempo.yaml").read_text())
     assert host in services
     assert tempo["distributor"]["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"] == f"0.0.0.0:{port}"

@@ -52,6 +52,11 @@ def test_every_query_is_promql(dashboard: dict[str, Any], tmp_path: Path) -> Non
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def test_every_query_is_about_our_own_processes(dashboard: dict[str, Any]) -> None:
+    """In a cluster others have CPU and memory, too, and names of metrics in common with us."""
+    assert [query for _, query in _queries(dashboard) if "img2img_" not in query] == []
+
+
 def test_every_variable_of_a_query_is_declared(dashboard: dict[str, Any]) -> None:
     variables = {variable["name"] for variable in dashboard["templating"]["list"]}
     text = json.dumps(dashboard["panels"])

@@ -36,7 +36,7 @@ from tests.days import PATIENCE, keep_within_a_day
 from tests.stack import DOG
 from tests.upstream.api import MODEL, Api
 from tests.upstream.server import Upstream
-from worker.engines.base import Image, Notice, Output, Pictures, Progress, Sent
+from worker.engines.base import Answered, Image, Notice, Output, Pictures, Progress, Sent
 from worker.engines.cloudflare import CloudflareEngine
 
 
@@ -92,6 +92,15 @@ async def test_nothing_is_sent_before_it_is_on_record(engine: CloudflareEngine, 
     assert api.calls == []
     assert isinstance([output async for output in outputs][-1], Image)
     assert len(api.calls) == 1
+
+
+@pytest.mark.parametrize(("behaviour", "billed"), [("damaged", True), ("size:64", True), ("3030", False)])
+async def test_an_answer_says_whether_its_call_was_billed(
+    engine: CloudflareEngine, behaviour: str, billed: bool
+) -> None:
+    """As one is that was good but for its picture; an error costs nothing."""
+    _, outputs = await failure_of(engine, task_of(behaviour))
+    assert outputs[-1] == Answered(billed=billed)
 
 
 async def test_each_call_is_on_record_and_each_answer_takes_it_back(engine: CloudflareEngine, api: Api) -> None:

@@ -146,7 +146,7 @@ async def test_the_books_can_be_read_on_a_terminal(engine: CloudflareEngine, val
     (books,) = [
         json.loads(line) for line in (await asyncio.to_thread(_upstream_command, valkey_url, "--json")).splitlines()
     ]
-    assert re.match(r"acme, parked for \d+\.\d h\n  \d{4}-\d\d-\d\d +2 calls +1 pictures +12\.5 neurons\n", shown)
+    assert re.match(r"acme, parked for \d+ (?:h|min|s)\n  \d{4}-\d\d-\d\d +2 calls +1 pictures +12\.5 neurons\n", shown)
     assert (books["account"], books["days"][0]["calls"], books["days"][0]["neurons"]) == ("acme", 2, 12.5)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 from arq.connections import ArqRedis
+from structlog.testing import capture_logs
 from upstream_helpers import ACME, OTHER, failure_of, opened, outputs_of, task_of
 
 from img2img.upstream import Rates
@@ -42,6 +43,19 @@ async def test_none_when_no_account_may_call_for_long(engine: CloudflareEngine, 
     keep_within_a_day(PATIENCE)
     await failure_of(engine, task_of(behaviour))
     assert engine.slots(0) == 0
+
+
+@pytest.mark.parametrize("behaviour", ["3036", "throttled:45"])
+async def test_none_from_the_start_when_no_account_may_call(
+    valkey_url: str, upstream: Upstream, engine: CloudflareEngine, behaviour: str
+) -> None:
+    """A worker that starts then claims nothing: others have found out already."""
+    keep_within_a_day(PATIENCE)
+    await failure_of(engine, task_of(behaviour))
+    with capture_logs() as logs:
+        async with opened(valkey_url, upstream.url) as second, opened(valkey_url, upstream.url, ACME, OTHER) as third:
+            assert (second.slots(0), third.slots(0)) == (0, USUAL)
+    assert [line["event"] for line in logs].count("upstream_paused") == 1
 
 
 async def test_none_when_a_window_is_full(valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis) -> None:

@@ -32,6 +32,10 @@ def _list(items: Any) -> dict[str, Any]:
 PORT: Final = {"type": "integer", "minimum": 1, "maximum": 65535}
 PARENT: Final = _closed(("name",), group=TEXT, kind=TEXT, namespace=TEXT, name=TEXT, sectionName=TEXT, port=PORT)
 BACKEND: Final = _closed(("name", "port"), name=TEXT, port=PORT)
+DURATION: Final = {"type": "string", "pattern": r"^\d+(h|m|s|ms)$"}
+PATH: Final = _closed(
+    ("type", "value"), type={"enum": ["Exact", "PathPrefix"]}, value={"type": "string", "pattern": "^/"}
+)
 METADATA: Final = _closed(("name", "namespace"), name=TEXT, namespace=TEXT, labels=NAMES, annotations=NAMES)
 
 
@@ -44,7 +48,7 @@ def _route(kind: str, **more: Any) -> dict[str, Any]:
 
 # No package for Python has the Gateway API's schemas: these are the fields of v1 that the chart writes, by hand.
 ROUTES: Final = {
-    "HTTPRoute": _route("HTTPRoute", timeouts=_closed(request={"type": "string", "pattern": r"^\d+(h|m|s|ms)$"})),
+    "HTTPRoute": _route("HTTPRoute", timeouts=_closed(request=DURATION), matches=_list(_closed(("path",), path=PATH))),
     "GRPCRoute": _route("GRPCRoute"),
 }
 

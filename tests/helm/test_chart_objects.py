@@ -132,12 +132,29 @@ def test_a_pool_has_its_queue_kind_and_resources(releases: Releases) -> None:
     rendered = releases["helm4", "everything"]
     gpu = rendered.named("Deployment", "pictures-worker-gpu")["spec"]["template"]["spec"]["containers"][0]
     assert gpu["image"] == "img2img-worker:0.1.0-cuda"
-    assert gpu["resources"]["limits"]["nvidia.com/mig-2g.20gb"] == 2
+    assert gpu["resources"]["limits"]["example.com/h100"] == 2
     assert gpu["resources"]["limits"]["memory"] == "6Gi"
     assert environment(gpu)["IMG2IMG_QUEUE"] == "gpu"
     burst = rendered.named("Deployment", "pictures-worker-burst")["spec"]["template"]["spec"]["containers"][0]
     assert burst["image"] == "img2img-worker:0.1.0-proxy"
     assert "nvidia.com/gpu" not in burst["resources"]["limits"]
+
+
+@pytest.mark.parametrize(
+    ("given", "device"),
+    [
+        ({"kind": "gpu"}, "cuda:0"),
+        ({"kind": "gpu", "gpus": 3}, "cuda:0,cuda:1,cuda:2"),
+        ({"kind": "gpu", "gpus": 0}, "cuda"),
+        ({"kind": "gpu", "settings": {"device": "auto"}}, "auto"),
+        ({"kind": "cpu"}, None),
+    ],
+)
+def test_a_gpu_pool_uses_all_its_gpus_and_no_cpu(given: dict[str, Any], device: str | None) -> None:
+    """Where the driver is not to be seen a worker ends and says so, in place of taking minutes for each picture."""
+    rendered = render("helm4", MINIMAL | {"pools": [pool(**given)]})
+    [container] = rendered.named("Deployment", f"{PICTURES}-worker-cpu")["spec"]["template"]["spec"]["containers"]
+    assert environment(container).get("IMG2IMG_DEVICE") == device
 
 
 def test_a_digest_wins_over_a_tag(releases: Releases) -> None:
@@ -225,8 +242,18 @@ def test_the_hpa_goes_by_demand_or_by_cpu(releases: Releases) -> None:
     assert up["policies"] == [{"type": "Percent", "value": 900, "periodSeconds": 15}]
     assert down["stabilizationWindowSeconds"] == 300
     assert down["policies"] == [{"type": "Pods", "value": 1, "periodSeconds": 60}]
-    small = rendered.named("HorizontalPodAutoscaler", f"{PICTURES}-worker-small")["spec"]
-    assert small["metrics"][0]["resource"]["name"] == "cpu"
+
+
+def test_cpu_is_that_of_the_container_that_requests_it(release: Rendered) -> None:
+    """Of a whole pod the HPA would know none as long as a sidecar requests none."""
+    targets = {item["metadata"]["name"]: item["spec"]["template"]["spec"] for item in release.of("Deployment")}
+    for item in release.of("HorizontalPodAutoscaler"):
+        [metric] = item["spec"]["metrics"]
+        if metric["type"] != "External":
+            source = metric["containerResource"]
+            spec = targets[item["spec"]["scaleTargetRef"]["name"]]
+            [container] = [one for one in spec["containers"] if one["name"] == source["container"]]
+            assert source["name"] in container["resources"]["requests"]
 
 
 @pytest.mark.parametrize(
@@ -270,9 +297,12 @@ def test_a_gateway_is_ready_without_workers() -> None:
 def test_a_worker_may_load_for_as_long_as_its_watchdog_allows(settings: dict[str, Any], seconds: int) -> None:
     """And is live by its own word, which has nothing of Redis."""
     rendered = render("helm4", MINIMAL | {"poolDefaults": {"settings": settings}})
-    [container] = rendered.named("Deployment", f"{PICTURES}-worker-cpu")["spec"]["template"]["spec"]["containers"]
+    spec = rendered.named("Deployment", f"{PICTURES}-worker-cpu")["spec"]
+    [container] = spec["template"]["spec"]["containers"]
     startup = container["startupProbe"]
     assert startup["failureThreshold"] * startup["periodSeconds"] == seconds
+    # Kubernetes' own ten minutes would call the update failed meanwhile.
+    assert spec["progressDeadlineSeconds"] > seconds + spec["template"]["spec"]["terminationGracePeriodSeconds"]
     assert startup["httpGet"] == {"path": "/health/ready", "port": "metrics"}
     assert container["livenessProbe"]["httpGet"] == {"path": "/health/live", "port": "metrics"}
 
@@ -310,6 +340,24 @@ def test_weights_come_from_one_place(releases: Releases) -> None:
     assert fetch["args"][1:] == [
         "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa", "/models/v1-5-pruned-emaonly.safetensors"
     ]  # fmt: skip
+
+
+def test_a_download_has_the_variables_and_files_of_its_pool() -> None:
+    """A proxy and an authority of one's own are for the weights, too."""
+    weights = {"path": "m", "download": {"url": "https://models/m", "sha256": "0" * 64}}
+    more = {
+        "extraEnv": [{"name": "SSL_CERT_FILE", "value": "/more/ca.crt"}],
+        "extraEnvFrom": [{"configMapRef": {"name": "proxies"}}],
+        "extraVolumes": [{"name": "more", "configMap": {"name": "authority"}}],
+        "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
+    }
+    rendered = render("helm4", MINIMAL | {"pools": [pool(weights=weights, **more)]})
+    spec = rendered.named("Deployment", f"{PICTURES}-worker-cpu")["spec"]["template"]["spec"]
+    [fetch] = spec["initContainers"]
+    for container in (fetch, *spec["containers"]):
+        assert more["extraVolumeMounts"][0] in container["volumeMounts"]
+        assert more["extraEnvFrom"][0] in container["envFrom"]
+        assert environment(container)["SSL_CERT_FILE"] == "/more/ca.crt"
 
 
 def test_the_test_makes_a_picture_with_a_key(releases: Releases) -> None:

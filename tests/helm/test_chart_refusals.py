@@ -85,6 +85,10 @@ BY_CHART: list[tuple[dict[str, Any], str]] = [
         "pool cpu: resources.requests.cpu: the HPA reckons in percent of it",
     ),
     ({"settings": {"lease": 3}}, "gateway.settings: lease (3) must be at least twice beat (2)"),
+    (
+        {"tracing": {"endpoint": "https://traces.example.com:443"}},
+        "networkPolicy.tracing.ports has not the port of tracing.endpoint (443): add it",
+    ),
     ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs: name the Gateway"),
     ({"grpcRoute": {"enabled": True}}, "grpcRoute.parentRefs: name the Gateway"),
     ({"ingress": {"grpc": {"enabled": True}}}, "ingress.grpc.hosts: name a host"),
@@ -98,6 +102,23 @@ BY_CHART: list[tuple[dict[str, Any], str]] = [
     (pools({"name": "burst", "kind": "proxy"}), "name in upstream.existingSecret the secret with its accounts"),
     (pools(CPU | {"callsPerMinute": 60}), "which calls no upstream: leave callsPerMinute out"),
     (pools(PROXY | {"model": "a/b"}), "which loads no model"),
+    (
+        {"scaler": {"operatorSecret": "key"}}
+        | pools(
+            PROXY
+            | {"autoscaling": {"mode": "keda", "trigger": "metrics-api"}, "settings": {"upstream_max_concurrency": 8}}
+        ),
+        "pool burst: settings.upstream_max_concurrency: gateways reckon with it",
+    ),
+    (
+        {"settings": {"upstream_token_calls": 600}, "gateway": {"settings": {"upstream_token_calls": 300}}}
+        | pools(PROXY | {"autoscaling": {"mode": "hpa"}}),
+        "pool burst: settings.upstream_token_calls: gateways reckon with it",
+    ),
+    (
+        {"settings": {"safety_checker": "a/checker"}} | pools(CPU, PROXY),
+        "pool burst is of the kind proxy, whose image has nothing to run the safety_checker a/checker with",
+    ),
     (pools(PROXY | {"stepPrice": 1}), "say with tenantSpendPerDay how much a tenant may spend"),
     (pools(PROXY | {"spendPerDay": 1}), "has a cap and no price"),
     (pools(CPU | {"autoscaling": {"mode": "keda"}}), "set scaler.serverSecret and scaler.clientSecret"),
@@ -164,6 +185,14 @@ def test_no_refusal_hides_another() -> None:
     """Each case has an answer of its own to look for."""
     expected = [words for _, words in (*BY_SCHEMA, *BY_CHART)]
     assert len(set(expected)) == len(expected)
+
+
+def test_gateways_may_know_what_they_reckon_with() -> None:
+    """Settings of everybody, and limits of a pool whose calls are bounded by a field of its own."""
+    scaled = PROXY | {"autoscaling": {"mode": "hpa"}}
+    assert render("helm4", MINIMAL | {"settings": {"upstream_max_concurrency": 8}} | pools(scaled))
+    bounded = scaled | {"callsPerMinute": 60, "settings": {"upstream_token_calls": 600}}
+    assert render("helm4", MINIMAL | pools(bounded))
 
 
 @pytest.mark.parametrize("program", HELMS)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import httpx
 import pytest
 
 from tests.helm.pods import KEY, Pod, mount
@@ -39,6 +40,21 @@ def test_probes_pass(release: dict[str, Pod], name: str) -> None:
     """Each of the three, at the ports and paths that the pod names."""
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         eventually(lambda probe=probe: release[name].passes(probe), f"{name} to pass its {probe}")
+
+
+def test_the_outside_reaches_the_api_and_no_metrics(releases: Releases, release: dict[str, Pod]) -> None:
+    """By the Ingress and by the HTTPRoute; metrics need no key, and say how much is done and spent."""
+    url = f"http://127.0.0.1:{release['gateway'].ports['http']}"
+    known = httpx.get(f"{url}/schema/openapi.json", trust_env=False).raise_for_status().json()["paths"]
+    rendered = releases["helm4", "everything"]
+    [rule] = rendered.named("Ingress", "pictures-http")["spec"]["rules"]
+    [route] = rendered.named("HTTPRoute", "pictures-http")["spec"]["rules"]
+    by_ingress = [path["path"] for path in rule["http"]["paths"]]
+    assert [match["path"]["value"] for match in route["matches"]] == by_ingress
+    for path in (*known, "/schema/openapi.json"):
+        assert any(path.startswith(f"{prefix}/") for prefix in by_ingress), path
+    assert httpx.get(f"{url}/metrics", trust_env=False).is_success
+    assert not [prefix for prefix in by_ingress if "/metrics".startswith(prefix)]
 
 
 def test_the_tests_command_makes_a_picture(releases: Releases, release: dict[str, Pod], tmp_path: Path) -> None:

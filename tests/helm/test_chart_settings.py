@@ -10,7 +10,7 @@ from gateway.main import load_tenants
 from gateway.routing import open_router
 from img2img.pools import Pool, Pools, RequestClass
 from img2img.settings import PREFIX, Settings
-from tests.helm.rendering import CASES, MINIMAL, Rendered, environment, render
+from tests.helm.rendering import CASES, MINIMAL, Refused, Rendered, environment, render
 from worker.pool import settings_of_worker
 
 Releases = dict[tuple[str, str], Rendered]
@@ -72,6 +72,28 @@ def test_every_process_takes_its_settings(releases: Releases, case: str, tmp_pat
             pool = Pools.load(path).by_name[settings.queue]
             assert settings_of_worker(settings).engine == pool.engine
             assert not settings.metrics_host.startswith("127.")
+
+
+def test_the_chart_reckons_with_the_defaults_of_the_settings() -> None:
+    """Grace period and start-up time follow from settings, also from those that nobody has set."""
+    rendered, default = render("helm4", MINIMAL), Settings()
+    spec = rendered.named("Deployment", "pictures-img2img-worker-cpu")["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    drain = float(environment(container)["IMG2IMG_DRAIN_TIMEOUT"])
+    assert spec["terminationGracePeriodSeconds"] == drain + default.lease + 10
+    probe = container["startupProbe"]
+    assert probe["failureThreshold"] * probe["periodSeconds"] == 3 * default.phase_limit + 60
+    assert render("helm4", MINIMAL | {"settings": {"lease": 2 * default.beat}})
+    with pytest.raises(Refused, match="must be at least twice beat"):
+        render("helm4", MINIMAL | {"settings": {"lease": 1.9 * default.beat}})
+
+
+def test_traces_say_where_a_process_is_and_leave_the_rest_to_it(releases: Releases) -> None:
+    """Its version is that of its image, whatever the chart's is."""
+    for name, container in releases["helm4", "everything"].containers():
+        if name.endswith(("/gateway", "/worker")):
+            said = environment(container)["OTEL_RESOURCE_ATTRIBUTES"]
+            assert said == "k8s.namespace.name=imaging,k8s.pod.name=$(POD_NAME)"
 
 
 def test_values_become_fields_of_pools(releases: Releases, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """``img2img pools``: what is read from the queue's server, and how it is shown."""
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import redis
 from click.testing import CliRunner, Result
 
 from img2img.cli import main
+from img2img.queue import JobQueue
+from img2img.queue_types import WorkerInfo
 from img2img.server import open_redis
 from img2img.spending import ALL, Spending
 from tests.stack import Stack, eventually, state_of, submit
@@ -31,7 +34,8 @@ tenant_spend_per_day = 2.0
 [[routes]]
 pools = ["cpu", "burst"]
 """
-IDLE = {"workers": 0, "queued": 0, "delayed": 0, "running": 0, "seconds": 0.0, "model": None, "tenants": {}}
+COUNTS = dict.fromkeys(("workers", "paused", "queued", "delayed", "running"), 0)
+IDLE = {**COUNTS, "seconds": 0.0, "model": None, "tenants": {}}
 FREE = {"spent": None, "spend_per_day": None, "tenant_spend_per_day": None}
 CAPS = {"spend_per_day": 10.5, "tenant_spend_per_day": 2.0}
 
@@ -105,6 +109,21 @@ def test_a_pool_at_work(server: redis.Redis, stack: Stack, valkey_url: str, file
     assert re.search(r"^cpu +fake +1 +1 +0 +1 +\d+ s *$", table, re.MULTILINE), table
     assert re.search(r"^burst +cloudflare +0 +0 +0 +0 +0 s +1\.500001 +10\.5 *$", table, re.MULTILINE), table
     assert re.search(r"\nSpent today in burst\n +acme +1\.5\n +other +0\.000001\n$", table), table
+
+
+def test_paused_workers_are_told_apart(server: redis.Redis, valkey_url: str, file: Path) -> None:
+    """A pool whose upstream takes no calls is not one that could work and does not."""
+
+    async def beat() -> None:
+        async with open_redis(valkey_url) as connection:
+            for name, slots in (("a", 0), ("b", 4)):
+                info = WorkerInfo(name, slots, "cloudflare", "model", "api", paused=not slots)
+                await JobQueue(connection, "burst").beat(info, (), lease=60, ttl=60)
+
+    asyncio.run(beat())
+    assert [(pool["workers"], pool["paused"]) for pool in shown(valkey_url, file)] == [(0, 0), (2, 1)]
+    table = run(valkey_url, file).output
+    assert re.search(r"^burst +cloudflare +2 \(1 paused\) +0 +0 +0 +0 s", table, re.MULTILINE), table
 
 
 def test_without_a_file_the_option_is_named(valkey_url: str) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from img2img.jobs import JobState, OnLost, Outcome, StopReason
+from img2img.queue_types import Candidate
 from img2img.settings import Settings
+from img2img.spending import Spending
 from img2img.wiring import Parts, open_parts
+from tests.days import keep_within_a_day
 from tests.queue.calls import claim_one, submit
 from worker.attempt import StageClock
 from worker.engines.base import Answered, Checkpoint, Output, Pictures, Sent, Task
@@ -37,7 +40,7 @@ class Recording(FakeEngine):
 
 
 class Calling(FakeEngine):
-    """Says that it calls another service, twice, and looks each time at what is on record when it goes on."""
+    """Says that it calls another service, three times, and looks each time at what is on record when it goes on."""
 
     def __init__(self, parts: Parts, on_lost: OnLost) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class Calling(FakeEngine):
         resume: Checkpoint | None = None,
         interrupt: asyncio.Event | None = None,
     ) -> AsyncGenerator[Output]:
-        for word in (Sent(self._on_lost), Answered(), Sent(self._on_lost)):
+        for word in (Sent(self._on_lost), Answered(), Sent(self._on_lost), Answered(billed=True), Sent(self._on_lost)):
             yield word
             self.seen.append(await self._recorded())
         async for output in super().generate(task, pictures, resume, interrupt):
@@ -100,12 +103,15 @@ async def test_the_deadline_on_its_own_clock(parts: Parts) -> None:
 
 @pytest.mark.parametrize("on_lost", ["retry", "fail"])
 async def test_its_turn_only_when_its_call_is_on_record(parts: Parts, on_lost: OnLost) -> None:
-    """And off it, when it says that there is an answer."""
-    await submit(parts.queue)
+    """And off it, when it says that there is an answer; what was billed stays spent."""
+    keep_within_a_day(5.0)
+    await submit(parts.queue, pools=[Candidate(parts.queue.name, price=10, tenant_cap=100)])
     engine = Calling(parts, on_lost)
     runner = JobRunner(parts.queue, parts.blobs, engine, parts.settings, "w1")
     await runner.run(await claim_one(parts.queue), Stop(), StageClock(0.0))
-    assert engine.seen == [on_lost.encode(), None, on_lost.encode()]
+    assert engine.seen == [on_lost.encode(), None, on_lost.encode(), None, on_lost.encode()]
+    spending = Spending(parts.queue.redis)
+    assert (await spending.today_in([parts.queue.name]))[parts.queue.name] == pytest.approx(20e-6)
 
 
 @pytest.mark.parametrize("why", [StopReason.USER, StopReason.LEASE_LOST])

@@ -7,6 +7,7 @@ import pytest
 from arq.connections import ArqRedis
 
 from img2img.queue import JobQueue
+from img2img.queue_types import Rules
 from img2img.server import open_redis
 
 INDEXES: Final = (
@@ -34,7 +35,7 @@ async def redis(valkey_url: str) -> AsyncIterator[ArqRedis]:
 
 @pytest.fixture
 def queue(redis: ArqRedis) -> JobQueue:
-    return JobQueue(redis, attempts=2)
+    return JobQueue(redis, rules=Rules(attempts=2))
 
 
 @pytest.fixture

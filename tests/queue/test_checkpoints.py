@@ -11,7 +11,7 @@ from gateway.upkeep import run_upkeep
 from img2img.blobs import RedisBlobs
 from img2img.jobs import Failure, JobState, Outcome, StopReason, StoredCheckpoint
 from img2img.queue import JobQueue
-from img2img.queue_types import Claim
+from img2img.queue_types import Claim, Rules
 from tests.queue.calls import LEASE, SUCCEEDED, claim_one, submit
 
 INTERRUPTED: Final = Failure("interrupted", "x")
@@ -126,7 +126,7 @@ async def test_after_a_failure_the_job_begins_anew(queue: JobQueue, redis: ArqRe
 
 async def test_a_second_death_from_one_checkpoint_is_its_last(redis: ArqRedis) -> None:
     """The first attempt made it, the second began with it and got no further: the third begins anew."""
-    queue = JobQueue(redis, crash_limit=9)
+    queue = JobQueue(redis, rules=Rules(crash_limit=9))
     claim = await started(queue)
     await die(queue, claim)
     second = await claim_one(queue)
@@ -141,7 +141,7 @@ async def test_a_second_death_from_one_checkpoint_is_its_last(redis: ArqRedis) -
 
 async def test_a_shutdown_in_between_keeps_it(redis: ArqRedis) -> None:
     """An attempt that was interrupted before it made one of its own says nothing against it."""
-    queue = JobQueue(redis, crash_limit=9)
+    queue = JobQueue(redis, rules=Rules(crash_limit=9))
     claim = await started(queue)
     await queue.release(claim, INTERRUPTED, "interruptions")
     await queue.release(await claim_one(queue), INTERRUPTED, "interruptions")

@@ -9,7 +9,7 @@ from arq.connections import ArqRedis
 from img2img.errors import AccountQueueFull, DeadlineUnreachable, QueueFull
 from img2img.jobs import Failure, JobState
 from img2img.queue import JobQueue
-from img2img.queue_types import Lifetime, Share, WorkerInfo
+from img2img.queue_types import Lifetime, Rules, Share, WorkerInfo
 from tests.queue.calls import KEEP, LEASE, SUCCEEDED, claim_one, event_types, spec, submit
 
 WORKER = WorkerInfo("w1", 1, "fake", "fake", "cpu", 256 * 256)
@@ -32,7 +32,7 @@ def in_seconds(seconds: float) -> str:
 
 async def test_the_queue_takes_as_many_as_it_may(redis: ArqRedis) -> None:
     """What waits counts, not what runs; what goes back is always taken."""
-    queue = JobQueue(redis, max_queued=2)
+    queue = JobQueue(redis, rules=Rules(max_queued=2))
     first = await submit(queue)
     await submit(queue, account="other")
     with pytest.raises(QueueFull) as refused:
@@ -59,7 +59,7 @@ async def test_an_account_has_a_limit_of_its_own(queue: JobQueue) -> None:
 
 async def test_exactly_as_many_are_accepted_at_once(redis: ArqRedis) -> None:
     """800 submissions at once, room for 500."""
-    queue = JobQueue(redis, max_queued=500)
+    queue = JobQueue(redis, rules=Rules(max_queued=500))
     answers = await asyncio.gather(*(submit(queue) for _ in range(800)), return_exceptions=True)
     assert sum(isinstance(answer, str) for answer in answers) == 500
     assert sum(isinstance(answer, QueueFull) for answer in answers) == 300
@@ -67,7 +67,7 @@ async def test_exactly_as_many_are_accepted_at_once(redis: ArqRedis) -> None:
 
 
 async def test_a_refusal_says_how_long_the_queue_is(redis: ArqRedis) -> None:
-    queue = JobQueue(redis, max_queued=3)
+    queue = JobQueue(redis, rules=Rules(max_queued=3))
     await measure(queue, 0.05)
     for _ in range(3):
         await submit(queue)
@@ -92,7 +92,7 @@ async def test_a_hopeless_deadline_is_refused(queue: JobQueue) -> None:
 
 
 async def test_nobody_is_refused_for_an_estimate_when_told_so(redis: ArqRedis) -> None:
-    queue = JobQueue(redis, refuse_late=False)
+    queue = JobQueue(redis, rules=Rules(refuse_late=False))
     await measure(queue, 0.1)
     for _ in range(5):
         await submit(queue)

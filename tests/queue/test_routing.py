@@ -14,7 +14,7 @@ from img2img.jobs import JobState, Move
 from img2img.queue import JobQueue
 from img2img.queue_types import Candidate, Join, Share, Waiter
 from tests.queue.calls import LEASE, SUCCEEDED, claim_one, submit
-from tests.queue.pools import BUSY, go_away, look, measure, pool_of, pools, work
+from tests.queue.pools import BUSY, go_away, look, measure, measured, pool_of, pools, work
 
 
 async def test_the_first_pool_that_is_fine_is_taken(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
@@ -111,6 +111,18 @@ async def test_queued_jobs_leave_a_dead_pool(queue: JobQueue, local: JobQueue, b
     assert ended == set(jobs)
 
 
+async def test_jobs_of_a_dead_pool_are_looked_at_in_turn(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
+    """Those behind many that cannot go, too; and all of them when somebody works there again."""
+    dear = pools(burst={"price": 10, "tenant_cap": 9})
+    jobs = [await submit(queue, pools=pools() if 20 <= number < 40 else dear) for number in range(60)]
+    await work(burst)
+    for _ in range(3):
+        await look(local)
+    assert [await pool_of(queue, job_id) for job_id in jobs] == ["local"] * 20 + ["burst"] * 20 + ["local"] * 20
+    await work(local)
+    assert [due for _, due in [await local.sweep() for _ in range(2)]] == [0, 0]
+
+
 async def test_the_log_tells_of_a_move(queue: JobQueue, local: JobQueue, burst: JobQueue) -> None:
     await work(burst)
     job_id = await submit(queue, pools=pools(local={"start": 1}))
@@ -129,6 +141,28 @@ async def test_what_waits_too_long_moves_on(queue: JobQueue, local: JobQueue, bu
     job_id = await submit(queue, pools=pools(local={"max_wait": 100}))
     await work(burst)
     await asyncio.sleep(1.1)
+    await look(local)
+    assert await pool_of(queue, job_id) == "burst"
+
+
+async def test_time_in_which_a_job_ran_was_no_wait(
+    queue: JobQueue, redis: ArqRedis, local: JobQueue, burst: JobQueue
+) -> None:
+    """Its worker shut down after minutes: another one of its pool may go on with it."""
+    await work(local)
+    job_id = await submit(queue, pools=pools(local={"max_wait": 100_000}))
+    claim = await claim_one(local)
+    for name in ("created", "since", "started"):
+        await redis.hincrby(f"{queue.prefix}job:{job_id}", name, -150_000)  # type: ignore[misc]
+    await submit(queue, pools=[Candidate("local")])
+    await claim_one(local)
+    await local.release(claim, BUSY, "interruptions")
+    await work(burst)
+    await redis.zadd(f"{queue.prefix}movable:local", {job_id: 0})
+    await look(local)
+    assert await pool_of(queue, job_id) == "local"
+    await redis.hincrby(f"{queue.prefix}job:{job_id}", "since", -150_000)  # type: ignore[misc]
+    await redis.zadd(f"{queue.prefix}movable:local", {job_id: 0})
     await look(local)
     assert await pool_of(queue, job_id) == "burst"
 
@@ -157,6 +191,36 @@ async def test_a_job_goes_back_to_a_pool_that_can_start_it(queue: JobQueue, loca
     assert [await pool_of(queue, job_id) for job_id in jobs] == ["local", "local", "burst"]
     async with EventHub(queue) as hub, hub.follow(jobs[0]) as follower:
         assert (await follower.read())[-1].move == Move("burst", "preferred")
+
+
+async def test_a_job_does_not_go_back_to_a_pool_that_is_too_slow(
+    queue: JobQueue, redis: ArqRedis, local: JobQueue, burst: JobQueue
+) -> None:
+    """It has a free slot, and would not be done with the job in time."""
+    await work(local)
+    await work(burst)
+    await measured(local, 100.0)
+    job_id = await submit(queue, seconds=30, pools=pools())
+    assert await pool_of(queue, job_id) == "burst"
+    await redis.zadd(f"{queue.prefix}movable:burst", {job_id: 0})
+    await look(burst)
+    assert await pool_of(queue, job_id) == "burst"
+
+
+async def test_a_pool_is_given_another_chance_by_a_job_that_comes(
+    queue: JobQueue, redis: ArqRedis, local: JobQueue, burst: JobQueue
+) -> None:
+    """Not by jobs that wait elsewhere and stay there: whoever scales it would see no work."""
+    await work(burst)
+    both = pools(local={"start": 1000})
+    await redis.hset(f"{queue.prefix}totals:local", "unserved", 1)  # type: ignore[misc]
+    waiting = await submit(queue, pools=both[1:] + both[:1])
+    assert await pool_of(queue, waiting) == "burst"
+    await redis.zadd(f"{queue.prefix}movable:burst", {waiting: 0})
+    await look(burst)
+    assert await redis.hget(f"{queue.prefix}totals:local", "unserved") == b"1"  # type: ignore[misc]
+    assert await pool_of(queue, await submit(queue, pools=both)) == "local"
+    assert await redis.hget(f"{queue.prefix}totals:local", "unserved") != b"1"  # type: ignore[misc]
 
 
 async def test_a_job_does_not_wait_for_a_pool_to_start_when_its_own_is_back(

@@ -7,7 +7,7 @@ from arq.connections import ArqRedis
 
 from img2img.jobs import Failure
 from img2img.queue import JobQueue
-from img2img.queue_types import Share
+from img2img.queue_types import Rules, Share
 from tests.queue.calls import SUCCEEDED, claim_one, submit
 
 LONG: dict[str, Any] = {"num_steps": 20}
@@ -107,7 +107,7 @@ async def test_priority_counts_within_a_tenant(queue: JobQueue) -> None:
 
 async def test_low_priority_is_only_a_delay(redis: ArqRedis) -> None:
     """The head start of a priority is a time: later jobs of the highest one come after an old job of the lowest."""
-    queue = JobQueue(redis, priority_seconds=0.001)
+    queue = JobQueue(redis, rules=Rules(priority_seconds=0.001))
     patient = await submit(queue, options={"priority": -10})
     claimed = []
     while patient not in claimed:

@@ -84,6 +84,23 @@ async def test_a_call_that_made_no_picture_costs_nothing(queue: JobQueue, redis:
     assert await spent(redis) == (10, 10)
 
 
+async def test_a_call_that_was_billed_for_no_picture_stays_paid(
+    queue: JobQueue, redis: ArqRedis, burst: JobQueue
+) -> None:
+    """So that a cap bounds what useless pictures cost; it is off the record all the same."""
+    await work(burst)
+    claim = await started(queue, burst, tenant_cap=20)
+    for spent_by_then in (10, 20):
+        assert await burst.sent(claim, 1, "fail") is None
+        for _ in range(2):
+            assert await burst.sent(claim, 1, None, billed=True) is None
+        await burst.release(claim, BUSY, "interruptions")
+        assert await spent(redis) == (spent_by_then, spent_by_then)
+        claim = await claim_one(burst)
+    with pytest.raises(SpendCapReached):
+        await burst.sent(claim, 1, "fail")
+
+
 async def test_a_picture_made_without_a_call_is_paid_for(queue: JobQueue, redis: ArqRedis, burst: JobQueue) -> None:
     """Machines that are rented have a price, too; what they do not bring to an end costs nothing."""
     await work(burst)

@@ -17,8 +17,8 @@ DAY: Final = 24 * 3600 * 1000
 TEST_SECONDS: Final = 5.0
 
 
-def ledger_of(redis: ArqRedis, account: int = 10, token: int = 100) -> UpstreamLedger:
-    return UpstreamLedger(redis, Rates(account, 60.0, token, 300.0))
+def ledger_of(redis: ArqRedis, account: int = 10, token: int = 100, new_day: float = 0.0) -> UpstreamLedger:
+    return UpstreamLedger(redis, Rates(account, 60.0, token, 300.0, new_day=new_day))
 
 
 async def admitted(ledger: UpstreamLedger, *credentials: Credential, calls: int) -> Counter[str]:
@@ -84,6 +84,17 @@ async def test_a_lower_limit_counts_at_once(redis: ArqRedis) -> None:
     assert await admitted(ledger_of(redis, account=5), FIRST, calls=5) == {"first": 1, "": 4}
 
 
+async def test_who_only_asks_takes_nothing(redis: ArqRedis) -> None:
+    ledger = ledger_of(redis, account=1)
+    assert [await ledger.pause([FIRST]) for _ in range(3)] == [None, None, None]
+    assert await ledger.accounts() == []
+    assert await admitted(ledger, FIRST, calls=1) == {"first": 1}
+    pause = await ledger.pause([FIRST])
+    assert pause is not None
+    assert pause.why == "limited"
+    assert await ledger.pause([FIRST, SECOND]) is None
+
+
 async def test_the_account_with_most_room_makes_the_call(redis: ArqRedis) -> None:
     """Until all are full, they share evenly; one that was used before has less left."""
     ledger = ledger_of(redis)
@@ -109,6 +120,15 @@ async def test_an_account_is_parked_until_midnight(redis: ArqRedis) -> None:
     pause = await waiting(other, FIRST, Credential("first", "another"))
     assert pause.why == "parked"
     assert abs(pause.seconds - (ends / 1000 - seconds)) < 2
+
+
+async def test_on_a_new_day_an_account_is_parked_for_a_minute(redis: ArqRedis) -> None:
+    """The call may have been made on the day before, and that day be the one that is used up."""
+    ledger = ledger_of(redis, new_day=DAY / 1000)
+    await ledger.settle(FIRST, parked=True)
+    pause = await waiting(ledger, FIRST)
+    assert pause.why == "parked"
+    assert pause.seconds <= 60
 
 
 async def test_a_held_credential_rests(redis: ArqRedis) -> None:

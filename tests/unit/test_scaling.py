@@ -33,6 +33,13 @@ def test_a_dead_upstream_calls_for_no_more_workers() -> None:
     assert is_active(signal, 0.0)
 
 
+def test_paused_workers_without_jobs_are_not_kept() -> None:
+    """An account may be used up until midnight: a pool without work goes to zero all the same."""
+    signal = signal_of("burst", stats(slots=(0,)), NOW, 60.0, Calls(100.0, 64))
+    assert signal.demand_seconds == 0.0
+    assert not is_active(signal, 0.0)
+
+
 def test_paused_workers_are_not_busy() -> None:
     assert signal_of("burst", stats(0, 64, slots=(64, *[0] * 10)), NOW, 60.0, Calls(100.0, 64)).busy_workers == 1
 

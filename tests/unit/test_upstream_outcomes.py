@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from worker.engines.cloudflare.called import Called
 from worker.engines.cloudflare.exchange import Answer
 from worker.engines.cloudflare.hints import hold_seconds, neurons, retry_after
 from worker.engines.cloudflare.outcomes import CODES, Action, Outcome, Verdict, classify
@@ -165,3 +166,17 @@ def test_how_long_no_call_is_left(value: str, seconds: float) -> None:
 @pytest.mark.parametrize(("value", "cost"), [("12.5", 12.5), ("0", 0.0), ("-1", None), ("many", None), ("", None)])
 def test_what_a_call_cost(value: str, cost: float | None) -> None:
     assert neurons({"cf-ai-neurons": value}) == cost
+
+
+@pytest.mark.parametrize(
+    ("outcome", "cost", "billed"),
+    [
+        (Outcome.NO_PICTURE, None, True),
+        (Outcome.FLAGGED, 12.5, True),
+        (Outcome.FLAGGED, 0.0, False),
+        (Outcome.FAILED, None, False),
+        (Outcome.CAPACITY, None, False),
+    ],
+)
+def test_whether_a_call_without_a_picture_was_billed(outcome: Outcome, cost: float | None, billed: bool) -> None:
+    assert Called(Verdict(outcome), neurons=cost).was_billed is billed

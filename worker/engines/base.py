@@ -114,7 +114,12 @@ class Sent(msgspec.Struct, frozen=True):
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """The last call that was ``Sent`` has an answer, which brought no picture: it is off the record again."""
+    """The last call that was ``Sent`` has an answer, which brought no picture: it is off the record again.
+
+    What it would have cost pays for the next one, unless it was ``billed`` all the same.
+    """
+
+    billed: bool = False
 
 
 class Image(msgspec.Struct, frozen=True):

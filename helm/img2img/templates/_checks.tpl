@@ -59,11 +59,39 @@
 {{- include "img2img.checkModel" $given }}
 {{- include "img2img.checkMoney" $given }}
 {{- include "img2img.checkScaling" $given }}
+{{- include "img2img.checkReckoning" $given }}
 {{- include "img2img.checkSettings" (dict "where" (printf "%s: settings" $where) "settings" (include "img2img.workerSettings" $given | fromYaml)) }}
 {{- $least := include "img2img.workerGrace" $given | int }}
 {{- if and .terminationGracePeriodSeconds (lt (int .terminationGracePeriodSeconds) $least) }}
 {{- fail (printf "%s: terminationGracePeriodSeconds (%v) is less than drainSeconds, the lease and 10 more (%d): raise it, or unset it to have that" $where .terminationGracePeriodSeconds $least) }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Gateways reckon what a proxy pool owes with settings of its workers: with others they would want a wrong number. */}}
+{{- define "img2img.checkReckoning" -}}
+{{- $workers := include "img2img.workerSettings" . | fromYaml }}
+{{- $gateways := include "img2img.joined" (list .root.Values.settings .root.Values.gateway.settings) | fromYaml }}
+{{- $names := list "upstream_max_concurrency" }}
+{{- if not (hasKey .pool "callsPerMinute") }}
+{{- $names = concat $names (list "upstream_account_calls" "upstream_token_calls") }}
+{{- end }}
+{{- if and (eq .pool.kind "proxy") (ne .pool.autoscaling.mode "none") }}
+{{- range $names }}
+{{- if ne (toString (get $workers .)) (toString (get $gateways .)) }}
+{{- fail (printf "%s: settings.%s: gateways reckon with it how many workers are wanted: put it into the chart's settings, for gateways and workers alike" $.where .) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Traces that a policy stops are missed by nobody until they are needed. */}}
+{{- define "img2img.checkTracing" -}}
+{{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" (urlParse .Values.tracing.endpoint).host) }}
+{{- $ports := list }}
+{{- range .Values.networkPolicy.tracing.ports }}{{ $ports = append $ports (toString .) }}{{ end }}
+{{- if and .Values.networkPolicy.enabled $port (not (has $port $ports)) }}
+{{- fail (printf "networkPolicy.tracing.ports has not the port of tracing.endpoint (%s): add it, or no trace would get out" $port) }}
 {{- end }}
 {{- end -}}
 
@@ -74,6 +102,10 @@
 {{- end }}
 {{- if and (has $pool.kind (list "proxy" "fake")) (or $pool.model $pool.weights) }}
 {{- fail (printf "%s is of the kind %s, which loads no model: leave model and weights out" .where $pool.kind) }}
+{{- end }}
+{{- $checker := get (include "img2img.workerSettings" . | fromYaml) "safety_checker" | default "fake" }}
+{{- if and (has $pool.kind (list "proxy" "fake")) (ne $checker "fake") }}
+{{- fail (printf "%s is of the kind %s, whose image has nothing to run the safety_checker %s with: set that in the settings of the other pools only" .where $pool.kind $checker) }}
 {{- end }}
 {{- with $pool.weights }}
 {{- $sources := 0 }}

@@ -131,6 +131,13 @@ annotations:
 {{- ceil (addf .pool.drainSeconds $lease 10) | int -}}
 {{- end -}}
 
+{{/* Takes root and pool: how long a worker may take until it claims jobs. Its own watchdog allows each of three phases
+(import, safety checker, model) IMG2IMG_PHASE_LIMIT, and this a minute more. */}}
+{{- define "img2img.workerStart" -}}
+{{- $phase := get (include "img2img.workerSettings" . | fromYaml) "phase_limit" | default 600 -}}
+{{- addf (mulf 3 $phase) 60 | ceil | int -}}
+{{- end -}}
+
 {{- define "img2img.gatewayGrace" -}}
 {{- ceil (addf .Values.gateway.preStopSeconds .Values.gateway.drainSeconds 10) | int -}}
 {{- end -}}
@@ -156,7 +163,7 @@ annotations:
     fieldRef:
       fieldPath: metadata.name
 - name: OTEL_RESOURCE_ATTRIBUTES
-  value: k8s.namespace.name={{ $.root.Release.Namespace }},k8s.pod.name=$(POD_NAME),service.version={{ $.root.Chart.AppVersion }}
+  value: k8s.namespace.name={{ $.root.Release.Namespace }},k8s.pod.name=$(POD_NAME)
 - name: OTEL_EXPORTER_OTLP_ENDPOINT
   value: {{ .endpoint | quote }}
 - name: OTEL_TRACES_SAMPLER

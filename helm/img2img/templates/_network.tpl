@@ -1,3 +1,9 @@
+{{/* What the outside may ask of the HTTP port, below these paths, with commas between: all but /metrics, which needs no key
+and tells how much is done and spent here. */}}
+{{- define "img2img.publicPaths" -}}
+/client/v4,/v1,/schema,/health
+{{- end -}}
+
 {{/* Takes ports and to: one rule of egress. */}}
 {{- define "img2img.egress" -}}
 - ports:

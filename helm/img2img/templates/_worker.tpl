@@ -11,7 +11,7 @@
 {{- with .pool.upstream }}
 - {name: IMG2IMG_UPSTREAM_ACCOUNTS_FILE, value: /etc/img2img/upstream/{{ .key | default "accounts.toml" }}}
 {{- end }}
-{{- include "img2img.settings" (list (dict "log_format" "json") .root.Values.settings .pool.settings) }}
+{{- include "img2img.settings" (list (dict "log_format" "json") (include "img2img.device" .pool | fromYaml) .root.Values.settings .pool.settings) }}
 {{- if not (include "img2img.fromHub" .) }}
 - {name: HF_HUB_OFFLINE, value: "1"}
 {{- else if .pool.hub }}
@@ -23,6 +23,15 @@
 {{- with .pool.extraEnv }}
 {{ toYaml . }}
 {{- end }}
+{{- end -}}
+
+{{/* Takes a pool: the setting that has a worker of the kind gpu use all its GPUs, and never a CPU in their place. */}}
+{{- define "img2img.device" -}}
+{{- if eq .kind "gpu" -}}
+{{- $devices := list -}}
+{{- range $number := until (int .gpus) }}{{ $devices = append $devices (printf "cuda:%d" $number) }}{{ end -}}
+device: {{ $devices | join "," | default "cuda" | quote }}
+{{- end -}}
 {{- end -}}
 
 {{/* Takes a pool: its requests and limits, with its GPUs. */}}

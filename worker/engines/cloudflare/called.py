@@ -12,7 +12,7 @@ from worker.engines.base import Image, Pictures, Task, steps_of
 from worker.engines.cloudflare.accounts import Account
 from worker.engines.cloudflare.exchange import Answer
 from worker.engines.cloudflare.hints import hold_seconds, neurons, retry_after
-from worker.engines.cloudflare.outcomes import Outcome, Verdict, classify
+from worker.engines.cloudflare.outcomes import Action, Outcome, Verdict, classify
 from worker.engines.cloudflare.pictures import NoPicture, read_picture
 from worker.engines.receipts import pixels_digest
 
@@ -32,6 +32,11 @@ class Called(msgspec.Struct, frozen=True):
     pause: float = 0.0
     held: float = 0.0
     picture: PillowImage.Image | None = None
+
+    @property
+    def was_billed(self) -> bool:
+        """Whether it cost something though it brought no picture: because it says so, or was good but for that."""
+        return bool(self.neurons) or self.verdict.outcome.action is Action.FAIL
 
     @property
     def told(self) -> str:

@@ -116,12 +116,25 @@ class CloudflareEngine:
             telemetry.UPSTREAM_CALLS.labels(outcome.label)
         for account in self._accounts.values():
             log.info("upstream_account", account=account.id, shown_as=account.label)
+        await self._learn_pause()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.aclose()
+
+    async def _learn_pause(self) -> None:
+        """Hear what other workers know already, so that no job is claimed only to be given back."""
+        try:
+            self._close_for(await self._ledger.pause(tuple(self._accounts)))
+        except Unavailable as exc:  # the first job will tell
+            log.warning("upstream_limits_unavailable", error=str(exc))
+
+    def _close_for(self, pause: Pause | None) -> None:
+        if pause is not None and pause.seconds > PATIENCE:
+            log.warning("upstream_paused", why=pause.why, seconds=round(pause.seconds))
+            self._gate.close(pause.seconds)
 
     def slots(self, setting: int) -> int:
         """As many as the upstream takes calls now, and a few that are ready; at most ``setting``, if that is given."""
@@ -169,7 +182,7 @@ class CloudflareEngine:
                 yield await asyncio.to_thread(finish, called, called.picture, account, task, pictures)
                 return
             if called.verdict.outcome is not Outcome.LOST:
-                yield Answered()
+                yield Answered(billed=called.was_billed)
             if await _unless(interrupt, asyncio.sleep(tries.pause_after(called, account), True)) is None:
                 return
             yield Progress(Stage.UPSTREAM)
@@ -204,8 +217,8 @@ class CloudflareEngine:
                 continue
             if not isinstance(answer, Pause):
                 return answer
-            if answer.seconds > PATIENCE and len(tries.accounts) == len(self._accounts):
-                self._gate.close(answer.seconds)
+            if len(tries.accounts) == len(self._accounts):
+                self._close_for(answer)
             if time.monotonic() + answer.seconds > ends:
                 raise UpstreamBusy(WAITS[answer.why], _spread(answer.seconds))
             await asyncio.sleep(answer.seconds)
