@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from opentelemetry.instrumentation.propagators import TraceResponsePropagator, s
 from gateway.budget import Budgets
 from gateway.drain import Drain
 from gateway.rest.app import build_app
+from gateway.rest.connection import BoundedConnection
 from gateway.rest.measures import measured
 from gateway.routing import open_router
 from gateway.rpc.scaler import open_scaler
@@ -78,18 +80,28 @@ def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
     )
     config = uvicorn.Config(
         traced,
-        http="httptools",
+        http=BoundedConnection,
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
+        reset_contextvars=True,  # a request that is sent before the last one is answered belongs to no trace of that
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
     return HttpServer(config)
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many connections as the system lets this process have: where little is said that is 1,024 files, and
+    whoever connects beyond that is cut off without a word.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS says "infinity" and takes less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _start_side_tasks(group: asyncio.TaskGroup, service: JobService, parts: Parts) -> list[asyncio.Task[None]]:
@@ -150,6 +162,7 @@ def main() -> None:
     try:
         settings = Settings.from_environment()
         telemetry.configure_logging(settings.log_level, settings.log_format)
+        raise_descriptor_limit()
         with tracing.tracing("img2img-gateway"):
             uvloop.run(serve(settings))
     except Img2ImgError as exc:

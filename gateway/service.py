@@ -41,8 +41,9 @@ from img2img.settings import Settings
 from img2img.spending import Spending
 from img2img.wiring import Parts
 
-THREAD_ABOVE: Final = 64 * 1024
-"""Requests with more picture bytes than this are checked and hashed in a thread."""
+THREAD_ABOVE: Final = 16 * 1024
+"""Requests with more picture bytes than this are checked and hashed in a thread. 64 KiB would be too many: they may
+hold 60 MB of compressed text, which takes 150 ms to unpack."""
 KEEP_ALIVE: Final = 15.0
 INPUT_MARGIN: Final = 3600.0
 

@@ -21,6 +21,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from uuid import uuid4
 
 import obstore
+import structlog
 from obstore.exceptions import BaseError, GenericError
 from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store
 from redis.exceptions import RedisError
@@ -60,6 +61,8 @@ return forgotten
 """
 
 T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 
 class BlobStore(Protocol):
@@ -137,9 +140,11 @@ class ObjectBlobs:
                 raise ConfigurationError(f"The blob store forgets what it is given: check {SETTING}")
             await self.delete(key)
         except Unavailable as exc:
-            if isinstance(exc.__cause__, GenericError | RedisError):
+            cause = exc.__cause__
+            if cause is None or isinstance(cause, RedisError | TimeoutError):  # the queue server's failing
                 raise
-            raise ConfigurationError(str(exc)) from exc.__cause__
+            why = f"The blob store fails: check {SETTING}, its credentials and what they permit: {_first_line(cause)}"
+            raise (Unavailable if isinstance(cause, GenericError) else ConfigurationError)(why) from cause
 
     async def put(self, key: str, data: bytes, expires_at: int) -> None:
         with translated():
@@ -181,10 +186,9 @@ class ObjectBlobs:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
         except (BaseError, OSError) as exc:
-            reason = _first_line(exc)
-            raise Unavailable(
-                f"The blob store fails: check {SETTING}, its credentials and what they permit: {reason}"
-            ) from exc
+            # Where the store is, and who we are there, is the operator's business and not the caller's.
+            log.warning("blob_store_failed", error=_first_line(exc))
+            raise Unavailable(f"The blob store does not answer as it should ({type(exc).__name__}): try again") from exc
 
 
 @asynccontextmanager

@@ -108,6 +108,8 @@ class EventHub:
         """Channels that this connection was told to hear."""
         self._heard: set[str] = set()
         """Those of them that the server has confirmed."""
+        self._altered: set[str] = set()
+        """Those that have got their first follower, or lost their last one, since the server was last told."""
         self._changed = asyncio.Event()
         self._group = asyncio.TaskGroup()
         self._owner: asyncio.Task[None] | None = None
@@ -143,8 +145,9 @@ class EventHub:
         follower = Follower(self._queue, job_id, after)
         channel = self._queue.bell(job_id)
         followers = self._followers.setdefault(channel, set())
+        if not followers:
+            self._alter(channel)
         followers.add(follower)
-        self._changed.set()
         if self._failed:
             follower.deafen()
         elif channel in self._heard:
@@ -155,7 +158,11 @@ class EventHub:
             followers.discard(follower)
             if not followers and self._followers.get(channel) is followers:
                 del self._followers[channel]
-                self._changed.set()
+                self._alter(channel)
+
+    def _alter(self, channel: str) -> None:
+        self._altered.add(channel)
+        self._changed.set()
 
     def ring_all(self) -> None:
         """Make every follower look up, as before a shutdown."""
@@ -193,7 +200,7 @@ class EventHub:
         pool = self._queue.redis.connection_pool
         own = {"retry": Retry(NoBackoff(), 0), "retry_on_error": []}
         connection: Any = pool.connection_class(**pool.connection_kwargs | own)
-        self._asked, self._heard = set(), set()
+        self._asked, self._heard, self._altered = set(), set(), set(self._followers)
         self._changed.set()
         try:
             with translated():
@@ -212,9 +219,11 @@ class EventHub:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            wanted = set(self._followers)
-            new, old = wanted - self._asked, self._asked - wanted
-            self._asked = wanted
+            altered, self._altered = self._altered, set()
+            wanted = {channel for channel in altered if channel in self._followers}
+            new, old = wanted - self._asked, (altered - wanted) & self._asked
+            self._asked |= new
+            self._asked -= old
             self._heard -= old
             with translated():
                 if old:

@@ -26,6 +26,11 @@ HEADER_ERRORS: Final = (OSError, ValueError, SyntaxError, LookupError, TypeError
 FREE_READS: Final = 10_000
 BYTES_PER_READ: Final = 64
 
+SCAN: Final = b"\xff\xda"
+MAX_SCANS: Final = 1000
+"""A JPEG has a dozen at most. A thousand take a second at 4096x4096, and 16 MiB would have room for half a million, in
+pieces too small to be stopped between. Other parts of 16 MiB hold these two bytes by chance, some 250 times."""
+
 WHITE: Final = (255, 255, 255, 255)
 SIXTEEN_BIT_MODES: Final = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 SIXTEEN_TO_EIGHT: Final = 1 / 257  # 65535 / 257 is exactly 255
@@ -70,7 +75,7 @@ def open_picture(field: str, data: bytes, limits: PictureLimits) -> Image.Image:
     """Open ``data`` lazily (no pixel is decoded) and refuse what the service does not take.
 
     Raises:
-        InvalidImage: empty, too large, unknown, animated, or with sides beyond the limit.
+        InvalidImage: empty, too large, unknown, animated, with sides beyond the limit, or made to take long.
     """
     if not data:
         raise InvalidImage(field, f"'/{field}' is empty: send the bytes of an image file")
@@ -91,6 +96,8 @@ def open_picture(field: str, data: bytes, limits: PictureLimits) -> Image.Image:
         raise _too_many_pixels(field, limits)
     if animated:
         raise InvalidImage(field, f"'/{field}' is animated: send one still picture")
+    if picture.format in ("JPEG", MPO) and data.count(SCAN) > MAX_SCANS:
+        raise InvalidImage(field, f"'/{field}' has more than {MAX_SCANS} scans: save it anew")
     return picture
 
 
@@ -136,8 +143,15 @@ def _named(formats: tuple[str, ...]) -> str:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB, on white where it is transparent. It reads every pixel: call it in a thread."""
+    """The picture as 8-bit RGB, on white where it is transparent. It reads every pixel: call it in a thread.
+
+    Raises:
+        One of ``HEADER_ERRORS``, or ``EOFError``: it is damaged.
+    """
+    picture.load()
     picture = _to_eight_bit(picture)
+    if picture.mode == "P" and picture.palette is None:
+        raise ValueError("its palette is missing")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture)

@@ -60,6 +60,7 @@ from img2img.server import milliseconds, translated
 
 SHARD: Final = 0
 LIST_SCAN: Final = 500
+LIST_STEP: Final = 100
 UNAFFORDABLE: Final = b"unaffordable "
 UNREADABLE_DELAY: Final = 10.0
 
@@ -152,15 +153,16 @@ class JobQueue:
             if rank is None:  # trimmed since: everything after it has gone before it
                 return Page((), None)
             start = rank + 1
-        for offset in range(start, start + LIST_SCAN, limit):
+        step = limit if state is None else max(limit, LIST_STEP)  # of one state there may be few
+        for offset in range(start, start + LIST_SCAN, step):
             with translated():
-                ids = [raw.decode() for raw in await self.redis.zrevrange(index, offset, offset + limit - 1)]
+                ids = [raw.decode() for raw in await self.redis.zrevrange(index, offset, offset + step - 1)]
             for job in await self._load(ids):
                 if state is None or job.state == state:
                     found.append(job)
                     if len(found) == limit:
                         return Page(tuple(found), job.id)
-            if len(ids) < limit:
+            if len(ids) < step:
                 return Page(tuple(found), None)
         return Page(tuple(found), ids[-1])
 

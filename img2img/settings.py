@@ -140,7 +140,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     metrics_port: int = 9464
 
     def __repr__(self) -> str:
-        shown = msgspec.structs.asdict(self) | {"upstream_token": self.upstream_token and "***"}
+        # The address of the server may hold its password.
+        shown = msgspec.structs.asdict(self) | {"redis_url": "***", "upstream_token": self.upstream_token and "***"}
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property

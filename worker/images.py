@@ -49,7 +49,7 @@ def decode_inputs(inputs: Inputs, limits: PictureLimits) -> Pictures:
     Raises:
         InvalidImage: names the field whose bytes are truncated, corrupt or not a picture the service takes.
     """
-    image = None if inputs.image is None else to_rgb(_load("image", inputs.image, limits))
+    image = None if inputs.image is None else _load("image", inputs.image, limits)
     mask = None if inputs.mask is None else _to_mask(_load("mask", inputs.mask, limits))
     if image is not None and mask is not None and mask.size != image.size:
         mask = mask.resize(image.size, Image.Resampling.NEAREST)
@@ -87,21 +87,20 @@ def encode_preview(picture: Image.Image) -> PreviewPicture:
 
 
 def _load(field: str, data: bytes, limits: PictureLimits) -> Image.Image:
-    """Decode every pixel and turn the picture upright.
+    """Decode every pixel, as 8-bit RGB, and turn the picture upright.
 
     Not by ``ImageOps.exif_transpose``, which also writes the other EXIF entries anew and fails on damaged ones.
     """
     picture = open_picture(field, data, limits)
     turn = TURNS.get(orientation(picture))
     try:
-        picture.load()
+        rgb = to_rgb(picture)
     except (*HEADER_ERRORS, EOFError) as exc:
         raise InvalidImage(
             field, f"'/{field}' is cut off or damaged: send the whole file again, or save it anew"
         ) from exc
-    return picture if turn is None else picture.transpose(turn)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _to_mask(picture: Image.Image) -> Image.Image:
-    luminance = to_rgb(picture).convert("L")
-    return luminance.point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))
+    return picture.convert("L").point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))

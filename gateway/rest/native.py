@@ -214,9 +214,14 @@ def _deadline(request: AnyRequest, limit: float) -> float | None:
         seconds = float(value)
     except ValueError:
         try:
-            seconds = datetime.fromisoformat(value).timestamp() - time.time()
-        except ValueError as exc:
-            raise InvalidRequest("deadline", "'Deadline' must be seconds, or a time like 2030-01-31T12:00:00Z") from exc
+            at = datetime.fromisoformat(value)
+        except ValueError:
+            at = datetime.min
+        if at.tzinfo is None:  # whose clock it means nobody can tell
+            raise InvalidRequest(
+                "deadline", "'Deadline' must be seconds, or a time like 2030-01-31T12:00:00Z"
+            ) from None
+        seconds = at.timestamp() - time.time()
     if not 0 < seconds <= limit:
         raise InvalidRequest("deadline", f"'Deadline' must lie in the future, and at most {limit:g} seconds away")
     return seconds

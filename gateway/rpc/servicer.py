@@ -71,7 +71,10 @@ class Img2ImgServicer(Img2ImgServiceServicer):
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:  # noqa: N802
         if not request.wait_seconds >= 0:  # not `< 0`: NaN is refused, too
             raise InvalidRequest("wait_seconds", "'/wait_seconds' must be >= 0")
-        job = await self._service.get(caller.get(), request.id, request.wait_seconds)
+        job_id, wait = request.id, request.wait_seconds
+        del request  # the wait may be long, and a message may be padded
+        share.get().release()
+        job = await self._service.get(caller.get(), job_id, wait)
         return pb.GetJobResponse(job=job_message(job))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:  # noqa: N802
@@ -90,19 +93,22 @@ class Img2ImgServicer(Img2ImgServiceServicer):
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> None:  # noqa: N802
         if request.after < 0:
             raise InvalidRequest("after", "'/after' must be >= 0: the sequence number of the last event seen")
-        seen, attempt, ended = request.after, 0, False
+        job_id, after = request.id, request.after
+        del request  # the wait may be long, and a message may be padded
+        share.get().release()
+        seen, attempt, ended = after, 0, False
         # From the beginning even for a caller who resumes: only the log says in which attempt an event was.
-        watched = self._service.watch(caller.get(), request.id)
+        watched = self._service.watch(caller.get(), job_id)
         async with aclosing(watched) as batches:  # type: ignore[type-var]
             async for events in batches:
                 for event in events:
                     number = event.data.get("attempt")
                     attempt = number if isinstance(number, int) else attempt
-                    if event.seq > request.after:
+                    if event.seq > after:
                         await context.write(event_message(event, attempt))
                     seen, ended = event.seq, event.is_terminal
         if not ended:
-            raise Unavailable(f"This gateway is shutting down: watch again with after={max(seen, request.after)}")
+            raise Unavailable(f"This gateway is shutting down: watch again with after={max(seen, after)}")
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:  # noqa: N802
         job = await self._service.cancel(caller.get(), request.id)

@@ -112,7 +112,7 @@ local function finalize(id, state, outcome)
 end
 
 local function expire(id, doing)
-  if doing == 'could start' and tonumber(redis.call('HGET', job_key(id), 'attempt')) > 0 then doing = doing .. ' again' end
+  if doing == 'could start' and (tonumber(field(id, 'attempt')) or 0) > 0 then doing = doing .. ' again' end
   finalize(id, 'expired', error_outcome('expired', 'expired', 'The deadline passed before the job ' .. doing))
 end
 

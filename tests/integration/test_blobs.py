@@ -11,6 +11,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 from redis.asyncio import ConnectionPool
+from structlog.testing import capture_logs
 
 from img2img.blobs import BlobStore, ObjectBlobs, open_blobs
 from img2img.errors import ConfigurationError, Unavailable
@@ -290,5 +291,9 @@ class TestOpening:
         async with open_blobs(f"file://{folder}", redis, PREFIX) as store:
             folder.rmdir()
             folder.touch()
-            with pytest.raises(Unavailable):
+            with capture_logs() as logs, pytest.raises(Unavailable) as caught:
                 await store.put("k", b"data", in_an_hour())
+        # Callers are not told where it is, operators are.
+        assert "blob store" in str(caught.value)
+        assert folder.name not in str(caught.value)
+        assert any(folder.name in entry.get("error", "") for entry in logs)

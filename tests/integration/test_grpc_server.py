@@ -171,6 +171,21 @@ async def test_messages_share_one_budget_with_http_bodies(gateway: Gateway) -> N
     call.cancel()
 
 
+async def test_calls_that_watch_hold_nothing(gateway: Gateway) -> None:
+    """Fields that nobody knows make a message as long as its sender likes, and a watch may last for as long."""
+    created = await gateway.stub.CreateJob(pb.CreateJobRequest(request=pb.Img2ImgRequest(prompt=FOREVER)))
+    watched = gateway.stub.WatchJob(pb.WatchJobRequest(id=created.job.id))
+    await watched.read()
+    waiting = gateway.stub.GetJob(pb.GetJobRequest(id=created.job.id, wait_seconds=60))
+    async with asyncio.timeout(30):
+        while gateway.budgets.small.in_use:
+            await gateway.stub.ListJobs(pb.ListJobsRequest())
+    assert not watched.done()
+    assert not waiting.done()
+    watched.cancel()
+    waiting.cancel()
+
+
 async def test_a_call_without_a_message(gateway: Gateway) -> None:
     """A client that closes its side at once is told what is missing."""
     call = gateway.channel.stream_unary(f"/{SERVICE}/GetJob")()

@@ -167,6 +167,13 @@ def test_a_deadline_lies_in_the_future(client: httpx.Client, value: str) -> None
     assert jobs_of(client) == []
 
 
+def test_a_deadline_of_nobodys_clock_is_refused(client: httpx.Client) -> None:
+    """A time without an offset would be that of the gateway's machine, which no caller knows."""
+    for later in (datetime.now() + timedelta(hours=1), datetime.now(UTC).replace(tzinfo=None) + timedelta(hours=1)):
+        answer = client.post("/v1/jobs", json={"prompt": "x"}, headers={"deadline": later.isoformat()})
+        assert "'Deadline' must" in problem(answer, 400, "invalid_request", "deadline")
+
+
 def test_an_idempotency_key_replays_the_first_answer(
     client: httpx.Client, gateway: Gateway, unused: Iterator[str]
 ) -> None:

@@ -179,3 +179,13 @@ async def test_an_expired_job_tells_whether_it_had_started(redis: ArqRedis, has_
     assert outcome is not None
     assert outcome.error is not None
     assert outcome.error.message == "The deadline passed before the job could start" + " again" * has_started
+
+
+async def test_a_page_of_one_state_takes_few_trips(queue: JobQueue, redis: ArqRedis) -> None:
+    """However short the page is, and however far between its jobs are."""
+    mine = [await submit(queue) for _ in range(150)]
+    await queue.cancel(mine[0])
+    await redis.config_resetstat()
+    page = await queue.list_jobs("acme", state=JobState.CANCELED, limit=1)
+    assert [job.id for job in page.jobs] == [mine[0]]
+    assert (await redis.info("commandstats"))["cmdstat_zrevrange"]["calls"] == 2

@@ -149,6 +149,14 @@ class TestRefusals:
                 told.add((info.width, info.height))
         assert told <= {NOT_AN_IMAGE, (40, 30)}
 
+    def test_a_jpeg_of_very_many_scans_is_refused(self) -> None:
+        """Each costs a pass over all of the picture, and may be a few bytes long."""
+        data = encode("JPEG", progressive=True)
+        last, end = data.rindex(b"\xff\xda"), len(data) - 2
+        assert probe("image", data[:end] + 900 * data[last:end] + data[end:], LIMITS).format == "JPEG"
+        many = refusal(data[:end] + 1000 * data[last:end] + data[end:])
+        assert many == "'/image' has more than 1000 scans: save it anew"
+
     @pytest.mark.parametrize("size", [(0, 0), (0, 64), (64, 0)])
     def test_a_picture_without_area_is_none(self, size: tuple[int, int]) -> None:
         assert refusal(png(size=size)) == NOT_AN_IMAGE

@@ -105,8 +105,8 @@ class TestRefusals:
 
 
 class TestDerived:
-    def test_a_token_is_never_shown(self) -> None:
-        settings = read(upstream_token="s3cr3t", upstream_account="acme")
+    def test_secrets_are_never_shown(self) -> None:
+        settings = read(upstream_token="s3cr3t", upstream_account="acme", redis_url="redis://:s3cr3t@queue:6379/0")
         assert "s3cr3t" not in repr(settings)
         assert "upstream_account='acme'" in repr(settings)
 

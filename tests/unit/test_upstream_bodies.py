@@ -119,12 +119,14 @@ class TestPictures:
             ({"content-type": "text/html"}, encoded("PNG"), "an answer of the type 'text/html'"),
             (JSON, b"", "JSON without an image"),
             (JSON, b"null", "JSON without an image"),
+            (JSON, b'{"a": ' * 100_000, "JSON without an image"),
             (JSON, b"[1]", "JSON without an image"),
             (JSON, b'{"result": {"image": 1}}', "JSON without an image"),
             (JSON, b'{"result": {"image": "not base64!"}}', "an image that is not base64"),
             (JSON, b'{"image": "AAAA"}', "bytes of no known picture format"),
             (JSON, encoded("PNG"), "JSON without an image"),
         ],
+        ids=lambda value: repr(value)[:24],
     )
     def test_anything_else_is_none(self, headers: dict[str, str], body: bytes, words: str) -> None:
         with pytest.raises(NoPicture) as caught:

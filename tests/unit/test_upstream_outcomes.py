@@ -85,7 +85,11 @@ def test_every_number_of_the_table_is_tested() -> None:
         (600, Outcome.FAILED),
     ],
 )
-@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"null", b"\xff", b'{"errors": []}', b'{"errors": [{}]}'])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<html>", b"[]", b"null", b"\xff", b'{"errors": []}', b'{"errors": [{}]}', b"[" * 100_000],
+    ids=lambda body: repr(body[:20]),
+)
 def test_without_one_the_status_decides(status: int, outcome: Outcome, body: bytes) -> None:
     """An unknown number is none, too; and no body upsets anybody."""
     assert classify(Answer(status, {}, body)) == Verdict(outcome, f"HTTP status {status}")

@@ -183,6 +183,18 @@ def test_a_file_that_ends_early_is_refused_by_name(file_format, field):
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize("field", ["image", "mask"])
+def test_a_png_without_its_palette_is_refused(field):
+    """Its pixels are numbers of colours that are not there; the header alone does not tell."""
+    data = encoded(Image.new("P", (4, 4)))
+    begin = data.index(b"PLTE") - 4
+    bare = data[:begin] + data[begin + 12 + int.from_bytes(data[begin : begin + 4]) :]
+    inputs = Inputs(image=bare) if field == "image" else Inputs(image=encoded(Image.new("RGB", (4, 4))), mask=bare)
+
+    with pytest.raises(InvalidImage, match=f"'/{field}' is cut off or damaged"):
+        decode_inputs(inputs, PictureLimits())
+
+
 def test_a_png_with_damaged_pixels_is_refused():
     data = bytearray(encoded(Image.effect_noise((64, 64), 90)))
     data[len(data) // 2] ^= 0xFF

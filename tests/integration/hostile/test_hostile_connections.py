@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -127,7 +128,7 @@ def test_a_job_keeps_no_baggage(client: httpx.Client, valkey_url: str) -> None:
         HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
         HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}",
-        HEAD + b"X: " + b"y" * 200_000 + b"\r\n\r\n",
+        HEAD + b"X: " + b"y" * 50_000 + b"\r\n\r\n",
         HEAD + b"X\0Y: z\r\n\r\n",
     ],
     ids=["TLS", "no version", "HTTP/2", "negative", "huge", "two lengths", "two framings", "bad chunk", "big", "zero"],
@@ -136,6 +137,19 @@ def test_broken_http_is_refused(gateway: Gateway, request_: bytes) -> None:
     """4xx or a closed connection, never a job."""
     answer = raw(gateway, request_)
     assert answer == b"" or answer.split(b" ", 2)[1][:1] == b"4", answer[:200]
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [HEAD + b"X: ", b"GET /", HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: "],
+    ids=["a header", "an address", "a trailer"],
+)
+def test_a_request_without_an_end_is_cut_off(gateway: Gateway, begin: bytes) -> None:
+    """What the server keeps of a request before its route has a say is little, however much is sent."""
+    with socket.create_connection(address(gateway), timeout=30) as connection:
+        connection.sendall(begin)
+        with pytest.raises(ConnectionError):
+            connection.sendall(b"y" * 64_000_000)
 
 
 def test_a_body_that_breaks_off_is_no_job(gateway: Gateway, client: httpx.Client) -> None:
@@ -147,6 +161,17 @@ def test_a_body_that_breaks_off_is_no_job(gateway: Gateway, client: httpx.Client
     assert len(jobs_of(client)) == before
 
 
+def test_requests_of_one_connection_share_no_trace(gateway: Gateway, client: httpx.Client) -> None:
+    """The second is sent before the first is answered, and is nobody's child all the same."""
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    order = HEAD + b"Content-Length: 14\r\n"
+    traced = f"traceparent: 00-{trace_id}-b7ad6b7169203331-01\r\n".encode()
+    with socket.create_connection(address(gateway), timeout=30) as connection, connection.makefile("rb") as answers:
+        connection.sendall(order + traced + b'\r\n{"prompt":"1"}' + order + b'Connection: close\r\n\r\n{"prompt":"2"}')
+        assert answers.read().count(b"HTTP/1.1 202 ") == 2
+    assert [job["trace_id"] for job in jobs_of(client)[:2]] == [None, trace_id]
+
+
 def test_many_idle_connections_do_no_harm(gateway: Gateway, client: httpx.Client) -> None:
     """Connections that never finish their headers wait without holding up anybody."""
     with ExitStack() as idle:
@@ -154,6 +179,20 @@ def test_many_idle_connections_do_no_harm(gateway: Gateway, client: httpx.Client
             connection = idle.enter_context(socket.create_connection(address(gateway), timeout=30))
             connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost:")
         assert is_picture(client.post(run_path(), content='{"prompt": "x"}'))
+
+
+def test_connections_are_not_bounded_by_the_usual_number_of_files(stack: Stack) -> None:
+    """A process may have 1,024 files open unless it asks for more; here as few as 256, so that it is quick."""
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, usual[1]))
+    try:
+        gateway = stack.gateway()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+    with ExitStack() as idle, gateway.client() as client:
+        for _ in range(300):
+            idle.enter_context(socket.create_connection(address(gateway), timeout=30))
+        assert client.get("/health/live").status_code == 200
 
 
 @pytest.mark.parametrize(

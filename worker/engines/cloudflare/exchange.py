@@ -31,6 +31,9 @@ UNSENT: Final = (
 )
 """What httpx raises before the last byte of a call is out: nobody begins with half a body."""
 
+UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for a body that is no JSON, or is nested too deeply."""
+
 
 class Answer(msgspec.Struct, frozen=True):
     """What the upstream said; the names of ``headers`` are in small letters."""

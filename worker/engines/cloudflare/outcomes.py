@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-from worker.engines.cloudflare.exchange import Answer
+from worker.engines.cloudflare.exchange import UNREADABLE, Answer
 
 MAX_WORDS: Final = 500
 DECORATION: Final = re.compile(r"^\s*(?:AiError:\s*)+|\s*\([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\)\s*$", re.I)
@@ -141,7 +141,7 @@ def _error(body: bytes) -> tuple[int | None, str]:
     """The first error's code, and what it says; ``errors`` may be a list or an object, and the body may be anything."""
     try:
         content = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return None, ""
     errors: Any = content.get("errors") if isinstance(content, dict) else None
     first = errors[0] if isinstance(errors, list) and errors else errors

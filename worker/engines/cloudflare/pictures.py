@@ -8,7 +8,7 @@ import msgspec
 from PIL import Image
 
 from img2img.images import HEADER_ERRORS, to_rgb
-from worker.engines.cloudflare.exchange import MAX_ANSWER, Answer
+from worker.engines.cloudflare.exchange import MAX_ANSWER, UNREADABLE, Answer
 
 MAGIC: Final = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG"}
 UNSAID: Final = frozenset({"", "application/octet-stream"})
@@ -53,12 +53,12 @@ def _from_json(body: bytes) -> bytes:
     try:
         content = msgspec.json.decode(body, type=Enveloped | None)
         inner = content.result if content else None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         inner = None
     try:
         inner = inner or msgspec.json.decode(body, type=Inner)
         return base64.b64decode(inner.image.rpartition(",")[2], validate=True)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise NoPicture("JSON without an image") from exc
     except ValueError as exc:
         raise NoPicture("an image that is not base64") from exc
