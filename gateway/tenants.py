@@ -111,6 +111,10 @@ class Tenants:
         """No keys: everybody is let in, under the account of the URL or as ``local``."""
         return cls(None, Register({}, {}, frozenset()))
 
+    @property
+    def has_keys(self) -> bool:
+        return self._path is not None
+
     def account_of(self, key: str) -> str | None:
         """The account that ``key`` belongs to, or None."""
         self._refresh()
@@ -139,7 +143,7 @@ class Tenants:
         """
         if account is not None and not _ACCOUNT.fullmatch(account):
             raise NotFound("No such account: an id has 1 to 64 letters, digits, '-' and '_'")
-        if self._path is None:
+        if not self.has_keys:
             return account or LOCAL_ACCOUNT
         owner = self.account_of(_key_in(authorization))
         if owner is None:
@@ -156,7 +160,7 @@ class Tenants:
             Unauthenticated: the key is not known.
             AccountMismatch: the key belongs to an account.
         """
-        if self._path is None:
+        if not self.has_keys:
             return
         key = _key_in(authorization)
         self._refresh()

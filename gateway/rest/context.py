@@ -15,6 +15,7 @@ from gateway.budget import Budgets
 from gateway.drain import Drain
 from gateway.rest.bodies import decode_json, read_body
 from gateway.rest.forms import decode_form, is_form
+from gateway.rest.pages import refuse_foreign_pages
 from gateway.scaling import Scaling
 from gateway.service import JobService
 from gateway.tenants import Tenants, bearer_from_headers
@@ -48,11 +49,17 @@ class Front(msgspec.Struct, frozen=True):
         Raises:
             Unauthenticated: no key, an unknown one, or another account's.
         """
+        self._refuse_foreign_pages(request)
         return self.tenants.authenticate(_bearer(request), account)
 
     def authenticate_operator(self, request: AnyRequest) -> None:
         """Let the request pass if its key is an operator's; raises as :meth:`Tenants.authenticate_operator` does."""
+        self._refuse_foreign_pages(request)
         self.tenants.authenticate_operator(_bearer(request))
+
+    def _refuse_foreign_pages(self, request: AnyRequest) -> None:
+        if not self.tenants.has_keys:  # a page of another site knows none
+            refuse_foreign_pages(request.headers)
 
     @asynccontextmanager
     async def body(

@@ -36,6 +36,8 @@ def test_keys_and_tls_on_every_front_end(stack: Stack, tmp_path: Path, certifica
         assert http.get("/v1/jobs").status_code == 401
         mine = {"authorization": f"Bearer {KEYS['acme']}"}
         job_id = http.post("/v1/jobs", json={"prompt": "a dog"}, headers=mine).json()["id"]
+        page = mine | {"origin": "https://acme.example", "host": "pictures.example"}
+        assert http.get(f"/v1/jobs/{job_id}", headers=page).status_code == 200  # it has a key
         run = MODEL_PATH.format(account="acme")
         assert http.post(run, json={"prompt": "a dog"}, headers=mine).headers["content-type"] == "image/png"
         assert http.post(run, json={"prompt": "a dog"}).status_code == 403

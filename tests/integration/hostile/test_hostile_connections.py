@@ -20,7 +20,7 @@ from gateway.rest.context import unless_slow
 from img2img.errors import ClientClosed
 from img2img.v1 import img2img_pb2 as pb
 from img2img.v1.img2img_pb2_grpc import Img2ImgServiceStub
-from tests.calls import encoded, is_picture, jobs_of, run_path
+from tests.calls import edge_error, encoded, is_picture, jobs_of, problem, run_path
 from tests.stack import Gateway, Stack, eventually
 
 
@@ -217,6 +217,19 @@ def test_connections_are_not_bounded_by_the_usual_number_of_files(stack: Stack) 
 def test_odd_headers_change_nothing(client: httpx.Client, headers: dict[str, Any]) -> None:
     """What the service does not know, or cannot make sense of, it does not act upon."""
     assert is_picture(client.post(run_path(), content='{"prompt": "x"}', headers=headers))
+
+
+@pytest.mark.parametrize("header", ["origin", "host"])
+def test_a_web_page_of_another_site_gets_nothing(client: httpx.Client, header: str) -> None:
+    """Without keys, any page could have its visitor's browser make jobs here, which may cost money."""
+    before = len(jobs_of(client))
+    page = {header: {"origin": "https://evil.example", "host": "evil.example:8000"}[header]}
+    body = '{"prompt": "x"}'
+    problem(client.post("/v1/jobs", content=body, headers=page), 401, "missing_credentials")
+    edge_error(client.post(run_path(), content=body, headers=page), 9106, 403, "missing_credentials")
+    problem(client.get("/v1/jobs", headers=page), 401, "missing_credentials")
+    problem(client.get("/v1/scaling/default", headers=page), 401, "missing_credentials")
+    assert len(jobs_of(client)) == before
 
 
 @pytest.mark.parametrize("value", ["wait=-1", "wait", "wait=x", "wait=" + "9" * 400, "=;,=", "wait=1e999"])
