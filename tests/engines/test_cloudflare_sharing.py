@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from upstream_helpers import ACME, OTHER, REFUSED_TOKEN, failure_of, opened, outputs_of, task_of, words
 
 from img2img.cli import main
-from img2img.errors import UpstreamBusy
+from img2img.errors import UpstreamBusy, UpstreamRefused
 from img2img.upstream import Rates, open_ledger
 from tests.days import DAY, PATIENCE, keep_within_a_day
 from tests.upstream.api import Api
@@ -34,12 +34,25 @@ class TestAccounts:
             await outputs_of(both, task_of())
         assert [call.account for call in api.calls] == ["acme", "other", "acme", "other"]
 
-    async def test_one_that_is_not_let_in_leaves_the_job_to_another(
+    async def test_one_that_is_not_let_in_leaves_the_jobs_to_another(
         self, valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis
     ) -> None:
         async with opened(valkey_url, upstream.url, REFUSED_TOKEN, OTHER) as engine:
-            assert isinstance((await outputs_of(engine, task_of()))[-1], Image)
-        assert [(call.account, call.code) for call in api.calls] == [("acme", 10000), ("other", None)]
+            for _ in range(3):
+                assert isinstance((await outputs_of(engine, task_of()))[-1], Image)
+        async with opened(valkey_url, upstream.url, REFUSED_TOKEN, OTHER) as another:
+            await outputs_of(another, task_of())
+        assert [(call.account, call.code) for call in api.calls] == [("acme", 10000)] + 4 * [("other", None)]
+
+    async def test_while_none_is_let_in_jobs_wait(
+        self, valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis
+    ) -> None:
+        """But for the one that has found out: its caller is told what is wrong."""
+        async with opened(valkey_url, upstream.url, REFUSED_TOKEN) as engine:
+            errors = [(await failure_of(engine, task_of()))[0] for _ in range(3)]
+        assert [type(error) for error in errors] == [UpstreamRefused, UpstreamBusy, UpstreamBusy]
+        assert all("check ids and tokens" in str(error) for error in errors)
+        assert len(api.calls) == 1
 
     async def test_one_whose_day_is_used_up_is_left_alone(self, both: CloudflareEngine, api: Api) -> None:
         """By this job and all that follow, until midnight."""

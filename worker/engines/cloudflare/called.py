@@ -17,6 +17,8 @@ from worker.engines.cloudflare.pictures import NoPicture, read_picture
 from worker.engines.receipts import pixels_digest
 
 DEVICE: Final = "Cloudflare Workers AI"
+DENIED_SECONDS: Final = 60.0
+"""How long a credential is left alone that was not let in: other accounts and other pools do its jobs meanwhile."""
 
 
 class Called(msgspec.Struct, frozen=True):
@@ -57,6 +59,8 @@ async def read_answer(answer: Answer, size: tuple[int, int]) -> Called:
     held = hold_seconds(answer.headers)
     if verdict.outcome is Outcome.RATE:
         held = max(held, asked)
+    elif verdict.outcome is Outcome.DENIED:
+        held = max(held, DENIED_SECONDS)
     return Called(verdict, answer.request_id, neurons(answer.headers), asked, held, picture)
 
 

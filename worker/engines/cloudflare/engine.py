@@ -65,11 +65,13 @@ SIGNALS: Final = {
     Outcome.NO_PICTURE: Signal.FAILED,
     Outcome.UNREACHABLE: Signal.FAILED,
     Outcome.LOST: Signal.FAILED,
+    Outcome.DENIED: Signal.FAILED,  # all jobs would fail, and this pool, always free, would draw all there are
+    Outcome.NO_ROUTE: Signal.FAILED,
 }
-"""What outcomes say of the upstream itself; the others are answers about one account or one call."""
+"""What outcomes say of the upstream, or of how we call it; the others are answers about one account or one call."""
 WAITS: Final = {
     "parked": "Every upstream account has used up its daily allocation: wait until 00:00 UTC, or add an account",
-    "held": "The upstream has asked for a pause: wait, or add an account",
+    "held": "The upstream has asked for a pause, or let no account of ours in: wait, or check ids and tokens",
     "limited": "As many calls were made as the upstream takes in this time: wait, or add an account",
 }
 T = TypeVar("T")
