@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]
@@ -18,6 +19,11 @@ from gateway.service import JobService
 from gateway.tenants import Tenants
 from img2img.settings import Settings
 from img2img.v1.img2img_pb2_grpc import add_Img2ImgServiceServicer_to_server
+
+CONNECTION_SECONDS: Final = 300.0
+"""How old a connection becomes, a tenth more or less: clients would stay on one gateway for ever, though others came.
+Calls and streams that have begun end where they are.
+"""
 
 
 class RpcServer:
@@ -73,6 +79,7 @@ async def open_server(
 def _options(settings: Settings) -> list[tuple[str, int]]:
     return [
         *OPTIONS,
+        ("grpc.max_connection_age_ms", int(CONNECTION_SECONDS * 1000)),
         ("grpc.max_receive_message_length", settings.max_grpc_message),
         ("grpc.max_send_message_length", -1),  # what we send is bounded where it is made
     ]
