@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import yaml
 
-from tests.helm.rendering import CASES, MINIMAL, ROOT, Rendered, environment, render
+from tests.helm.rendering import CASES, CHART, MINIMAL, ROOT, Rendered, environment, render
 
 Releases = dict[tuple[str, str], Rendered]
 PICTURES = "pictures-img2img"
@@ -49,6 +49,18 @@ def test_pods_are_restricted(release: Rendered) -> None:
         assert context["capabilities"] == {"drop": ["ALL"]}, name
         assert {"memory", "ephemeral-storage"} <= container["resources"]["limits"].keys(), name
         assert {"cpu", "memory"} <= container["resources"]["requests"].keys(), name
+
+
+def test_the_cluster_may_choose_user_and_groups() -> None:
+    """As OpenShift does, which refuses pods that say who they are; of gateway, worker, queue server and test."""
+    rendered = render("helm4", {"fixedUser": False}, CHART / "ci" / "none-autoscaling-values.yaml")
+    contexts = {name: pod["spec"]["securityContext"] for name, pod in rendered.pods()}
+    assert len(contexts) >= 4
+    for name, context in contexts.items():
+        assert context.keys() == {"runAsNonRoot", "fsGroupChangePolicy", "seccompProfile"}, name
+        assert context["runAsNonRoot"] is True
+    for name, container in rendered.containers():
+        assert not {"runAsUser", "runAsGroup"} & container["securityContext"].keys(), name
 
 
 def test_workers_can_write_where_they_must(release: Rendered) -> None:
