@@ -181,6 +181,14 @@ def test_flows_follow_what_is_switched_on(releases: Releases) -> None:
     assert [ports for ports, _ in flows(rendered, f"{PICTURES}-valkey", "ingress")] == [(6379,)]
 
 
+def test_names_are_looked_up_where_the_cluster_has_it() -> None:
+    """Policies see the port of the pods, which on OpenShift is not that of their service."""
+    values = {"networkPolicy": {"dnsPort": 5353}, "test": {"existingSecret": "key"}}
+    rendered = render("helm4", MINIMAL | values)
+    for policy in (f"{PICTURES}-gateway", f"{PICTURES}-worker-cpu", f"{PICTURES}-test"):
+        assert flows(rendered, policy, "egress")[0][0] == (5353, 5353)
+
+
 def test_named_clients_only() -> None:
     """With clients the test of the release may call, too, and nobody else."""
     clients = [{"podSelector": {"matchLabels": {"app": "shop"}}}]
