@@ -17,6 +17,7 @@ from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.instrumentation.propagators import TraceResponsePropagator, set_global_response_propagator
 
 from gateway.budget import Budgets
+from gateway.certificates import Certificates, open_certificates
 from gateway.drain import Drain
 from gateway.rest.app import build_app
 from gateway.rest.connection import BoundedConnection
@@ -67,7 +68,7 @@ def load_tenants(settings: Settings) -> Tenants:
     return Tenants.open_local()
 
 
-def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
+def http_server(app: ASGIApp, settings: Settings, certificates: Certificates | None) -> HttpServer:
     """A server whose calls are traced by the stable conventions, and whose answers say so in ``traceresponse``."""
     os.environ.setdefault(CONVENTIONS_VARIABLE, "http")
     set_global_response_propagator(TraceResponsePropagator())  # type: ignore[no-untyped-call]
@@ -89,9 +90,10 @@ def http_server(app: ASGIApp, settings: Settings) -> HttpServer:
         timeout_keep_alive=75,
         reset_contextvars=True,  # a request that is sent before the last one is answered belongs to no trace of that
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
     )
+    if certificates is not None:
+        config.load()  # which would set this, too
+        config.ssl = certificates.context()
     return HttpServer(config)
 
 
@@ -128,17 +130,21 @@ async def serve(settings: Settings) -> None:
     tenants, router = load_tenants(settings), open_router(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    async with open_parts(settings) as parts, EventHub(parts.queue) as hub:
+    async with (
+        open_certificates(settings, "tls_cert", "tls_key") as certificates,
+        open_parts(settings) as parts,
+        EventHub(parts.queue) as hub,
+    ):
         # Not before: a gateway that still waits for its server has nothing to drain, and ends at once.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         service = JobService(parts, hub, tenants, router)
         budgets, drain = Budgets(settings.max_body_bytes_in_flight), Drain(parts.queue, settings)
         scaling = Scaling(service, router.pools, settings)
-        http = http_server(build_app(service, tenants, settings, budgets, drain, scaling), settings)
+        http = http_server(build_app(service, tenants, settings, budgets, drain, scaling), settings, certificates)
         with listen(settings, "http_port") as listener:
             async with (
-                open_server(service, tenants, settings, budgets, drain) as grpc_server,
+                open_server(service, tenants, settings, budgets, drain, certificates) as grpc_server,
                 open_scaler(scaling, settings) as scaler_port,
                 asyncio.TaskGroup() as group,
             ):

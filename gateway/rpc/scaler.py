@@ -14,13 +14,14 @@ import grpc
 import grpc.aio
 import structlog
 
+from gateway.certificates import open_certificates
 from gateway.rpc.errors import abort, to_status
 from gateway.rpc.externalscaler import externalscaler_pb2 as pb
 from gateway.rpc.externalscaler.externalscaler_pb2_grpc import (
     ExternalScalerServicer,
     add_ExternalScalerServicer_to_server,
 )
-from gateway.rpc.listening import OPTIONS, bind, credentials_of
+from gateway.rpc.listening import OPTIONS, bind
 from gateway.scaling import FRESH_SECONDS, LEAST_TARGET, Scaling, Signal, is_active, seconds_in
 from img2img.errors import Img2ImgError, Unavailable
 from img2img.settings import Settings
@@ -108,14 +109,14 @@ async def open_scaler(scaling: Scaling, settings: Settings) -> AsyncIterator[int
     servicer = ScalerServicer(scaling)
     server = grpc.aio.server(options=[*OPTIONS, ("grpc.max_receive_message_length", MAX_MESSAGE)])
     add_ExternalScalerServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
-    credentials = credentials_of(settings, "scaler_tls_cert", "scaler_tls_key", "scaler_client_ca")
-    port = bind(server, settings, "scaler_port", credentials)
-    await server.start()
-    try:
-        yield port
-    finally:
-        servicer.close()
-        await server.stop(STOP_SECONDS)
+    async with open_certificates(settings, "scaler_tls_cert", "scaler_tls_key", "scaler_client_ca") as certificates:
+        port = bind(server, settings, "scaler_port", certificates)
+        await server.start()
+        try:
+            yield port
+        finally:
+            servicer.close()
+            await server.stop(STOP_SECONDS)
 
 
 @asynccontextmanager

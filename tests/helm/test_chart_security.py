@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import yaml
 
-from tests.helm.rendering import CASES, MINIMAL, ROOT, Rendered, environment, render
+from tests.helm.rendering import CASES, CHART, MINIMAL, ROOT, Rendered, environment, render
 
 Releases = dict[tuple[str, str], Rendered]
 PICTURES = "pictures-img2img"
@@ -49,6 +49,18 @@ def test_pods_are_restricted(release: Rendered) -> None:
         assert context["capabilities"] == {"drop": ["ALL"]}, name
         assert {"memory", "ephemeral-storage"} <= container["resources"]["limits"].keys(), name
         assert {"cpu", "memory"} <= container["resources"]["requests"].keys(), name
+
+
+def test_the_cluster_may_choose_user_and_groups() -> None:
+    """As OpenShift does, which refuses pods that say who they are; of gateway, worker, queue server and test."""
+    rendered = render("helm4", {"fixedUser": False}, CHART / "ci" / "none-autoscaling-values.yaml")
+    contexts = {name: pod["spec"]["securityContext"] for name, pod in rendered.pods()}
+    assert len(contexts) >= 4
+    for name, context in contexts.items():
+        assert context.keys() == {"runAsNonRoot", "fsGroupChangePolicy", "seccompProfile"}, name
+        assert context["runAsNonRoot"] is True
+    for name, container in rendered.containers():
+        assert not {"runAsUser", "runAsGroup"} & container["securityContext"].keys(), name
 
 
 def test_workers_can_write_where_they_must(release: Rendered) -> None:
@@ -167,6 +179,14 @@ def test_flows_follow_what_is_switched_on(releases: Releases) -> None:
     assert [ports for ports, _ in flows(rendered, f"{PICTURES}-test", "egress")] == [(53, 53), ("grpc",)]
     assert flows(rendered, f"{PICTURES}-valkey", "egress") == []
     assert [ports for ports, _ in flows(rendered, f"{PICTURES}-valkey", "ingress")] == [(6379,)]
+
+
+def test_names_are_looked_up_where_the_cluster_has_it() -> None:
+    """Policies see the port of the pods, which on OpenShift is not that of their service."""
+    values = {"networkPolicy": {"dnsPort": 5353}, "test": {"existingSecret": "key"}}
+    rendered = render("helm4", MINIMAL | values)
+    for policy in (f"{PICTURES}-gateway", f"{PICTURES}-worker-cpu", f"{PICTURES}-test"):
+        assert flows(rendered, policy, "egress")[0][0] == (5353, 5353)
 
 
 def test_named_clients_only() -> None:

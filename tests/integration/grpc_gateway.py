@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from gateway.budget import Budgets
+from gateway.certificates import open_certificates
 from gateway.drain import Drain
 from gateway.routing import Router, open_router
 from gateway.rpc.server import RpcServer, open_server
@@ -74,7 +75,8 @@ async def open_gateway(
         tenants = tenants or Tenants.open_local()
         service = make_service(parts, hub, tenants, open_router(settings))
         budgets, drain = Budgets(settings.max_body_bytes_in_flight), Drain(parts.queue, settings)
-        rpc = await stack.enter_async_context(open_server(service, tenants, settings, budgets, drain))
+        certificates = await stack.enter_async_context(open_certificates(settings, "tls_cert", "tls_key"))
+        rpc = await stack.enter_async_context(open_server(service, tenants, settings, budgets, drain, certificates))
         rpc.set_serving(True)
         await stack.enter_async_context(_upkeep(parts))
         if worker:

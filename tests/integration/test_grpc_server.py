@@ -22,6 +22,7 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.trace import StatusCode as SpanStatus
 
 from gateway.tenants import Tenants
+from img2img.client import AsyncClient
 from img2img.errors import ConfigurationError
 from img2img.settings import Settings
 from img2img.v1 import img2img_pb2 as pb
@@ -154,6 +155,27 @@ async def test_calls_in_flight_are_finished(valkey_url: str) -> None:
         assert response.job.state == pb.JOB_STATE_SUCCEEDED
 
 
+async def test_connections_grow_old_and_calls_do_not_notice(
+    valkey_url: str, spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that clients come to new gateways, too: no call fails, and a stream lasts as long as its job."""
+    monkeypatch.setattr("gateway.rpc.server.CONNECTION_SECONDS", 0.2)
+    async with open_gateway(fresh_settings(valkey_url)) as gateway, AsyncClient(gateway.address) as client:
+        job_id = (await client.create(prompt=FOREVER)).id
+        watching = gateway.stub.WatchJob(pb.WatchJobRequest(id=job_id))
+        events = aiter(watching)
+        first = await anext(events)
+        connections: set[Any] = set()
+        while len(connections) < 10:  # of two channels
+            await client.get(job_id)
+            await gateway.stub.GetJob(pb.GetJobRequest(id=job_id))
+            connections |= {attributes_of(span)["network.peer.port"] for span in all_server_spans(spans)}
+            spans.clear()
+        await client.cancel(job_id)
+        rest = [event.type async for event in events]
+        assert (first.type, rest[-1], await watching.code()) == ("queued", "canceled", StatusCode.OK)
+
+
 async def test_messages_share_one_budget_with_http_bodies(gateway: Gateway) -> None:
     """A large message is refused while others hold the budget; what a call has submitted is given back."""
     large = pb.Img2ImgRequest(prompt="x", negative_prompt="x" * 100_000)
@@ -270,8 +292,11 @@ def spans() -> Iterator[InMemorySpanExporter]:
 
 def server_spans(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
     """Server spans by method."""
-    found = [span for span in exporter.get_finished_spans() if span.kind == SpanKind.SERVER]
-    return {span.name.removeprefix(f"{SERVICE}/"): span for span in found}
+    return {span.name.removeprefix(f"{SERVICE}/"): span for span in all_server_spans(exporter)}
+
+
+def all_server_spans(exporter: InMemorySpanExporter) -> list[ReadableSpan]:
+    return [span for span in exporter.get_finished_spans() if span.kind == SpanKind.SERVER]
 
 
 def attributes_of(span: ReadableSpan) -> dict[str, Any]:

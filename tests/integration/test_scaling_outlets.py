@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from gateway.scaling import Scaling
 from gateway.service import JobService
 from img2img.pools import Pools
 from img2img.queue_types import ServiceStats
-from tests.conftest import FOR_LOOPBACK, NEW_CERTIFICATE
+from tests.certificates import Authority
 from tests.integration.grpc_gateway import fresh_settings, open_gateway
 from tests.keda import Keda
 from tests.stack import Gateway, Stack, eventually, submit
@@ -42,25 +41,6 @@ FIELDS = {
     "pool", "backlog_seconds", "demand_seconds", "busy_workers", "workers", "slots", "queued", "running", "updated_at",
 }  # fmt: skip
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
-
-
-class Authority:
-    """Makes certificates that it has signed."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self.path = folder, folder / f"{name}.pem"
-        self._key = folder / f"{name}.key"
-        self._run("-subj", f"/CN={name}", "-days", "1", "-keyout", self._key, "-out", self.path)
-
-    def certificate(self, name: str) -> tuple[Path, Path]:
-        """A certificate for loopback and its key."""
-        cert, key = self._folder / f"{name}.pem", self._folder / f"{name}.key"
-        self._run(*FOR_LOOPBACK, "-CA", self.path, "-CAkey", self._key, "-keyout", key, "-out", cert)
-        return cert, key
-
-    @staticmethod
-    def _run(*arguments: str | Path) -> None:
-        subprocess.run([*NEW_CERTIFICATE, *map(str, arguments)], check=True, capture_output=True)
 
 
 def tenants_file(folder: Path) -> str:

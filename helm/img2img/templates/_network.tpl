@@ -17,7 +17,8 @@ and tells how much is done and spent here. */}}
 {{- end -}}
 
 {{- define "img2img.dnsEgress" -}}
-- ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
+{{- $port := int .Values.networkPolicy.dnsPort }}
+- ports: [{port: {{ $port }}, protocol: UDP}, {port: {{ $port }}, protocol: TCP}]
   to:
     {{- toYaml .Values.networkPolicy.dns | nindent 4 }}
 {{- end -}}
