@@ -138,7 +138,8 @@ def _checked(paths: Mapping[str, Path], contents: tuple[bytes, ...]) -> ssl.SSLC
         ) from exc
     for name, authority in zip(authorities, contents[2:], strict=True):
         try:
-            context.load_verify_locations(cadata=authority.decode("ascii", "replace"))
+            # Around certificates there may be notes in any alphabet, which OpenSSL skips and Python would not pass on.
+            context.load_verify_locations(cadata=authority.decode("ascii", "ignore"))
         except (ssl.SSLError, ValueError) as exc:
             raise ConfigurationError(f"{_variable(name)} must be the PEM certificate of an authority") from exc
     return context

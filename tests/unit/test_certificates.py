@@ -7,6 +7,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.certificates import Certificates
+from img2img.errors import ConfigurationError
 from tests.certificates import Authority, SecretVolume
 
 READ, IGNORED = "certificate_files_read", "certificate_files_ignored"
@@ -33,9 +34,15 @@ def volume(tmp_path: Path, old: dict[str, str]) -> SecretVolume:
 
 
 @pytest.fixture
-def certificates(volume: SecretVolume) -> Certificates:
+def paths(volume: SecretVolume) -> dict[str, Path]:
+    """By their settings."""
     settings = ("scaler_tls_cert", "scaler_tls_key", "scaler_client_ca")
-    return Certificates(dict(zip(settings, map(volume.path.joinpath, ("tls.crt", "tls.key", "ca.crt")), strict=True)))
+    return dict(zip(settings, map(volume.path.joinpath, ("tls.crt", "tls.key", "ca.crt")), strict=True))
+
+
+@pytest.fixture
+def certificates(paths: dict[str, Path]) -> Certificates:
+    return Certificates(paths)
 
 
 def shown(context: ssl.SSLContext, name: str | None) -> str:
@@ -107,3 +114,17 @@ def test_a_certificate_without_its_key_is_not_taken(
         assert shown(context, None) == old["tls.crt"]
         volume.write(old)
         assert look(certificates, 3) == []
+
+
+def test_an_authority_may_have_notes_in_any_alphabet(
+    certificates: Certificates, volume: SecretVolume, new: dict[str, str]
+) -> None:
+    """Above its certificate, as bundles of several have them."""
+    volume.write({**new, "ca.crt": f"# Főtanúsítvány\n{new['ca.crt']}"})
+    assert look(certificates, 3) == [READ]
+
+
+def test_an_authority_that_is_no_pem_is_told(paths: dict[str, Path], new: dict[str, str]) -> None:
+    paths["scaler_client_ca"].write_bytes(ssl.PEM_cert_to_DER_cert(new["ca.crt"]))
+    with pytest.raises(ConfigurationError, match="IMG2IMG_SCALER_CLIENT_CA must be the PEM certificate"):
+        Certificates(paths)
