@@ -1,4 +1,4 @@
-"""Which web pages may use a service that asks for no keys: those of this machine.
+"""Which web pages may use a service that asks for no keys: those of this machine, and its own.
 
 Browsers send what any page asks for to loopback, too. They keep the answer from a page of another site, but its job
 would run, and may cost money; and a site whose name is made to mean this machine (DNS rebinding) would see all answers.
@@ -22,7 +22,10 @@ def refuse_foreign_pages(headers: Mapping[str, str]) -> None:
         MissingCredentials: it is one.
     """
     host, origin = headers.get("host", ""), headers.get("origin", "")
-    if (host and not _is_own(f"//{host}", any_address=True)) or (origin and not _is_own(origin, any_address=False)):
+    # Its own pages come from where it is itself, by whatever address they reach it, as through a tunnel.
+    is_own_page = bool(host) and origin.partition("://")[2] == host
+    is_welcome = not origin or is_own_page or _is_own(origin, any_address=False)
+    if not is_welcome or (host and not _is_own(f"//{host}", any_address=True)):
         raise MissingCredentials(
             "Without keys only pages of this machine may use the service: call it as localhost, or give it keys "
             "(IMG2IMG_TENANTS_FILE)"
