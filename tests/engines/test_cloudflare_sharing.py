@@ -54,6 +54,15 @@ class TestAccounts:
         assert all("check ids and tokens" in str(error) for error in errors)
         assert len(api.calls) == 1
 
+    async def test_a_call_that_a_firewall_stops_holds_up_no_other(
+        self, valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis
+    ) -> None:
+        """It stops a call for what is in it, and answers with a page of its own."""
+        async with opened(valkey_url, upstream.url, ACME) as engine:
+            error, _ = await failure_of(engine, task_of("html:403"))
+            assert isinstance(error, UpstreamRefused)
+            assert isinstance((await outputs_of(engine, task_of()))[-1], Image)
+
     async def test_one_whose_day_is_used_up_is_left_alone(self, both: CloudflareEngine, api: Api) -> None:
         """By this job and all that follow, until midnight."""
         keep_within_a_day(PATIENCE)

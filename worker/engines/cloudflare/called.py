@@ -59,7 +59,8 @@ async def read_answer(answer: Answer, size: tuple[int, int]) -> Called:
     held = hold_seconds(answer.headers)
     if verdict.outcome is Outcome.RATE:
         held = max(held, asked)
-    elif verdict.outcome is Outcome.DENIED:
+    elif verdict.outcome is Outcome.DENIED and "json" in answer.headers.get("content-type", ""):
+        # In HTML it is the word of a firewall before the API about what is in the call: others may pass.
         held = max(held, DENIED_SECONDS)
     return Called(verdict, answer.request_id, neurons(answer.headers), asked, held, picture)
 
