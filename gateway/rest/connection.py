@@ -76,7 +76,14 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _wait_for_head(self) -> None:
         if self._giving_up is None:
-            self._giving_up = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+            self._giving_up = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        self._giving_up = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.timeout_keep_alive_handler()
+        else:  # the head is the next request's: it must not cost this one its answer
+            self._wait_for_head()
 
     def _head_is_whole(self) -> None:
         if self._giving_up is not None:

@@ -58,6 +58,13 @@ async def test_an_answer_may_take_longer_than_a_head(monkeypatch: pytest.MonkeyP
             writer.write(GET)
 
 
+async def test_a_head_that_waits_for_an_answer_does_not_cost_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the next request's, and given up once this one is answered."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", SHORT)
+    async with connected(first=GET + GET[:10]) as (reader, _):
+        assert (await reader.read()).count(b"HTTP/1.1 204 ") == 1
+
+
 async def test_a_long_head_is_refused_and_a_long_body_is_not() -> None:
     async with connected() as (reader, writer):
         writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1_000_000)
