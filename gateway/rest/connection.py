@@ -6,6 +6,7 @@ for ever what a client does not read.
 """
 
 import asyncio
+import re
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -16,6 +17,8 @@ MAX_HEAD: Final = 64 * 1024
 """Bytes of a head, as far as it comes in more than one piece; a piece is 256 KiB at most."""
 HEAD_SECONDS: Final = 30.0
 """How long a head may take that has begun, and a new connection without one."""
+UPGRADE: Final = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n)", re.IGNORECASE)
+"""With which Java's own client offers HTTP/2 in each request. The parser would drop the request's body for it."""
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -42,7 +45,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._came_to_something = False
-        super().data_received(data)
+        super().data_received(data if self._reads_body() else _without_upgrade(data))
         self._pending = 0 if self._came_to_something else self._pending + len(data)
         if self._pending > MAX_HEAD and not self.transport.is_closing():
             self.send_400_response(f"The request's header is longer than {MAX_HEAD} bytes: send less in it")
@@ -74,6 +77,9 @@ class BoundedConnection(HttpToolsProtocol):
         self._came_to_something = True
         super().on_message_complete()
 
+    def _reads_body(self) -> bool:
+        return self.cycle is not None and self.cycle.more_body
+
     def _wait_for_head(self) -> None:
         if self._giving_up is None:
             self._giving_up = self.loop.call_later(HEAD_SECONDS, self._give_up)
@@ -94,3 +100,9 @@ class BoundedConnection(HttpToolsProtocol):
         if self._cutting_off is not None:
             self._cutting_off.cancel()
             self._cutting_off = None
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """The first piece of a request, without an offer of HTTP/2 in its head."""
+    found = UPGRADE.search(data, 0, data.find(b"\r\n\r\n") + 2)
+    return data[: found.start()] + data[found.end() :] if found else data

@@ -98,3 +98,21 @@ async def test_who_reads_gets_all_of_a_long_answer() -> None:
     async with connected(app) as (reader, writer):
         writer.write(GET.replace(b"Host: x", b"Host: x\r\nConnection: close"))
         assert (await reader.read()).count(b"\0") == len(LONG_ANSWER)
+
+
+async def test_an_offer_of_http_2_costs_no_body() -> None:
+    """Java's own client makes one with each request."""
+
+    bodies: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        bodies.append((await receive())["body"])
+        await answer(send, 204)
+
+    offer = b"POST / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    body = b"\r\nUpgrade: h2c\r\n\r\n"
+    async with connected(app) as (reader, writer):
+        for _ in range(2):
+            writer.write(offer + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204 ")
+    assert bodies == [body, body]
