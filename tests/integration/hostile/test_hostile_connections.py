@@ -73,14 +73,16 @@ async def test_a_silent_sender_is_given_up() -> None:
 async def test_a_sender_of_single_bytes_is_given_up() -> None:
     """Coming always just before the silence would be too long does not help, and a good rate does."""
 
-    async def trickle(size: int) -> AsyncIterator[bytes]:
-        for _ in range(100):
+    async def trickle(size: int, chunks: int = 1_000_000) -> AsyncIterator[bytes]:
+        for _ in range(chunks):
             await asyncio.sleep(0.005)
             yield b"x" * size
 
     with pytest.raises(ClientClosed, match="too slowly"):
-        _ = [chunk async for chunk in unless_slow(trickle(1), idle=0.1, rate=10_000)]
-    assert len([chunk async for chunk in unless_slow(trickle(1000), idle=0.1, rate=10_000)]) == 100
+        _ = [chunk async for chunk in unless_slow(trickle(1), idle=1, rate=10_000)]
+    longer_than_idle = 250
+    good = trickle(1000, longer_than_idle)
+    assert len([chunk async for chunk in unless_slow(good, idle=1, rate=10_000)]) == longer_than_idle
 
 
 def test_waiting_calls_hold_no_picture(stack: Stack) -> None:
