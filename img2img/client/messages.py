@@ -47,7 +47,7 @@ def create_request(fields: RequestFields) -> pb.CreateJobRequest:
 
 
 def list_request(state: JobState | None, limit: int, page: str | None) -> pb.ListJobsRequest:
-    name = f"JOB_STATE_{state.name}" if state else None
+    name = f"JOB_STATE_{JobState(state).name}" if state else None
     return pb.ListJobsRequest(page_size=limit, page_token=page or "", state=name)
 
 
@@ -85,8 +85,8 @@ def _options_message(options: JobOptions | None) -> pb.JobOptions | None:
     return pb.JobOptions(
         priority=options.priority,
         deadline_seconds=options.deadline_seconds,
-        sampler=f"SAMPLER_{options.sampler.name}" if options.sampler else None,
-        output_format=f"OUTPUT_FORMAT_{options.output_format.name}",
+        sampler=f"SAMPLER_{Sampler(options.sampler).name}" if options.sampler else None,
+        output_format=f"OUTPUT_FORMAT_{OutputFormat(options.output_format).name}",
         output_quality=options.output_quality,
         reject_if_busy=options.reject_if_busy,
         not_before=options.not_before,

@@ -2,7 +2,7 @@
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from client_helpers import AT, LOST, PICTURE, STAMP, Caller, Servicer, chunks, job, status
@@ -65,6 +65,8 @@ async def test_fields_arrive(call: Caller, servicer: Servicer, tmp_path: Path) -
         ({"num_steps": 2.5}, "num_steps"),
         ({"prompt": "a\udcff"}, "prompt"),
         ({"options": JobOptions(priority=2**40)}, "options.priority"),
+        ({"options": JobOptions(sampler=cast("Any", "magic"))}, "options.sampler"),
+        ({"options": JobOptions(output_format=cast("Any", "gif"))}, "options.output_format"),
         ({"options": JobOptions(not_before=AT.replace(tzinfo=None))}, "options.not_before"),
     ],
 )
@@ -159,6 +161,18 @@ async def test_damaged_picture_is_refused(call: Caller, servicer: Servicer) -> N
     with pytest.raises(ClientError) as caught:
         await call("result", "0-1")
     assert caught.value.code == "data_loss"
+
+
+async def test_plain_words_do_for_names(call: Caller, servicer: Servicer) -> None:
+    """As over REST; Python does not check that they are of our own types."""
+    servicer.answers |= {"create": [pb.CreateJobResponse(job=job())], "list": [pb.ListJobsResponse()]}
+    await call(
+        "create", prompt="a lion", options=JobOptions(sampler=cast("Any", "ddim"), output_format=cast("Any", "webp"))
+    )
+    await call("list", state="failed")
+    created, listed = servicer.asked
+    assert (created.options.sampler, created.options.output_format) == (pb.SAMPLER_DDIM, pb.OUTPUT_FORMAT_WEBP)
+    assert listed.state == pb.JOB_STATE_FAILED
 
 
 async def test_list_pages(call: Caller, servicer: Servicer) -> None:
