@@ -178,17 +178,18 @@ async def test_tasks_that_come_together_share_passes(tiny_4_channel_folder, monk
     assert sum(rows) == 4 * 50 * 2
 
 
-async def test_a_device_that_fails_for_good_breaks_the_engine(tiny_4_channel_folder, monkeypatch):
+@pytest.mark.parametrize("method", ["encode_text", "predict_noise", "decode_latents"])
+async def test_a_device_that_fails_for_good_breaks_the_engine(tiny_4_channel_folder, monkeypatch, method):
     """After some errors of CUDA nothing works in a process: whoever waits hears of it, and the worker ends."""
 
     def fail(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     async with DiffusionEngine(str(tiny_4_channel_folder), "cpu") as diffusion:
-        monkeypatch.setattr(DiffusionModel, "predict_noise", fail)
+        monkeypatch.setattr(DiffusionModel, method, fail)
         monkeypatch.setattr(DiffusionModel, "works", lambda _: False)
         with pytest.raises(EngineFailed, match="device or its driver failed"):
-            await collect(diffusion.generate(task_of(**LONG), Pictures()))
+            await collect(diffusion.generate(task_of(width=64, height=64), Pictures()))
         async with asyncio.timeout(5):
             await diffusion.broken()
         with pytest.raises(EngineFailed, match="device or its driver failed"):
