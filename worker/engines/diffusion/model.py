@@ -87,6 +87,8 @@ class DiffusionModel:
         """Whether the device can be used at all: after some errors nothing works in a process any more."""
         try:
             return bool(torch.ones((), device=self.device).item() == 1)
+        except torch.OutOfMemoryError:
+            return True  # it is full, and says so as it should
         except RuntimeError:
             return False
 
