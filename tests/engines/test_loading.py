@@ -231,9 +231,12 @@ def test_a_hub_id_without_a_network(monkeypatch):
     assert "could not be downloaded" in refusal_of("nobody/nothing-here")
 
 
-def test_a_device_is_named_once():
-    with pytest.raises(ConfigurationError, match="IMG2IMG_DEVICE=cpu, cpu names a device twice"):
-        resolve_devices("cpu, cpu")
+@pytest.mark.parametrize("devices", ["cpu, cpu", "cuda:1,cuda:1", "cuda,cuda:0"])
+def test_a_device_is_named_once(devices, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    with pytest.raises(ConfigurationError, match=f"IMG2IMG_DEVICE={devices} names a device twice"):
+        resolve_devices(devices)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta"])

@@ -220,7 +220,7 @@ def _resolve_device(device: str) -> torch.device:
         raise _unusable(device, "is not supported")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise _unusable(device, f"is not there (torch sees {torch.cuda.device_count()} CUDA devices)")
-    return chosen
+    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
 
 
 def _unusable(device: str, reason: str) -> ConfigurationError:
