@@ -144,6 +144,9 @@ class DiffusionEngine:
 
     def _open_lane(self, device: torch.device) -> Lane:
         options = self._options
+        if device.type == "cuda":
+            # Streams and captures are those of the thread's device, whatever device tensors are on.
+            torch.cuda.set_device(device)
         model = open_model(self._source, device, options.precision, compiled=options.compiled)
         limits = _limits(model, options)
         with torch.inference_mode():

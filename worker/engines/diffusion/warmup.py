@@ -33,7 +33,8 @@ def warm_up(model: DiffusionModel, limits: Limits) -> None:
     width, height = (side // VAE_FACTOR for side in model.native_size)
     text = model.encode_text("").embeddings
     buckets = [rows for rows in BUCKETS if rows <= limits.max_rows] if limits.padded else [GUIDED_ROWS]
-    for rows in {*buckets, limits.fixed_rows}:
+    # The largest first: its graph's memory then serves those of all others.
+    for rows in sorted({*buckets, limits.fixed_rows}, reverse=True):
         latents = torch.zeros(rows, 9 if model.is_inpainting else 4, height, width, device=model.device)
         timesteps = torch.zeros(rows, device=model.device)
         for _ in range(HOT if limits.padded else 1):
