@@ -5,6 +5,7 @@ import threading
 from contextlib import aclosing
 
 import pytest
+import torch
 from engine_helpers import collect, task_of, until
 
 from img2img.errors import ConfigurationError, EngineFailed
@@ -194,6 +195,17 @@ async def test_a_device_that_fails_for_good_breaks_the_engine(tiny_4_channel_fol
             await diffusion.broken()
         with pytest.raises(EngineFailed, match="device or its driver failed"):
             await collect(diffusion.generate(task_of(**LONG), Pictures()))
+
+
+async def test_a_device_without_the_memory_for_its_rows_is_refused_at_the_door(tiny_4_channel_folder, monkeypatch):
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DiffusionModel, "predict_noise", fill)
+
+    with pytest.raises(ConfigurationError, match=r"memory of cpu .* IMG2IMG_MAX_ROWS=6 .* at 64x64: lower these"):
+        async with DiffusionEngine(str(tiny_4_channel_folder), "cpu", EngineOptions(max_rows=6)):
+            pass
 
 
 async def test_a_model_that_is_not_there_is_refused_at_the_door():
