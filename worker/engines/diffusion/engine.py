@@ -155,8 +155,8 @@ class DiffusionEngine:
                 previews = PreviewMap(model)
                 warm_up(model, limits)
                 # Not worth a look on a CPU, where a guided job fills a reproducible pass by itself.
-                if device.type == "cuda":
-                    limits = limits._replace(any_place=places_agree(model, limits.fixed_rows))
+                if device.type == "cuda" and places_agree(model, limits.fixed_rows):
+                    limits = limits._replace(any_place=model.native_size)
         except torch.OutOfMemoryError as exc:
             raise _too_many_rows(model, limits) from exc
         return Lane(model, limits, options.intervals, previews)

@@ -9,7 +9,8 @@ from worker.engines.diffusion.model import VAE_FACTOR, DiffusionModel
 
 
 def places_agree(model: DiffusionModel, rows: int) -> bool:
-    """Whether a row's bits are the same at each place of a pass of ``rows`` rows. Under inference mode.
+    """Whether a row's bits are the same at each place of a pass of ``rows`` rows at the model's own size. Under
+    inference mode.
 
     Libraries split a pass among threads or blocks: where a split falls within a row, that row is rounded differently.
     On two CPU cores it does in passes of 3 and 6 rows, and does not in those of 2, 4 and 8.
