@@ -1,5 +1,6 @@
 """Finding and checking checkpoints: what is taken, what is refused and with which words."""
 
+import json
 import shutil
 import socket
 import subprocess
@@ -196,6 +197,14 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
     (tmp_path / "model.txt").write_text("hello")
 
     assert "is not a .safetensors file" in refusal_of(tmp_path / "model.txt")
+
+
+def test_a_prediction_that_no_sampler_knows_is_refused(folder):
+    """At the door, and not job by job."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "flow_prediction"}))
+
+    assert "predicts 'flow_prediction': name a model that predicts epsilon, v_prediction, sample" in refusal_of(folder)
 
 
 def test_another_family_of_models_is_refused(folder):
