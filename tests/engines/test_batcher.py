@@ -139,9 +139,9 @@ def test_reproducible_jobs_have_passes_of_a_fixed_number_of_rows():
     assert picked(batcher_of(alone)) == Pass(SMALL, (alone,), LIMITS.fixed_rows)
 
 
-@pytest.mark.parametrize("any_place", [False, True])
+@pytest.mark.parametrize("any_place", [None, LARGE, SMALL])
 def test_reproducible_jobs_share_a_pass_where_a_rows_place_does_not_count(any_place):
-    """Else each has the first rows of a pass of its own, and others come after it."""
+    """At a size where that is known. Else each has the first rows of a pass of its own, and others come after it."""
     first, second = (Entry(SMALL, 2, 5, reproducible=True) for _ in range(2))
     other = Entry(SMALL, 2, 5)
     batcher = batcher_of(other, first, second, limits=LIMITS._replace(any_place=any_place))
@@ -151,7 +151,7 @@ def test_reproducible_jobs_share_a_pass_where_a_rows_place_does_not_count(any_pl
     batches.append(picked(batcher))
     reproducible = next(batch for batch in batches if first in batch.entries)
 
-    assert reproducible.entries == ((first, second) if any_place else (first, other))
+    assert reproducible.entries == ((first, second) if any_place == SMALL else (first, other))
 
 
 def test_others_of_the_size_may_fill_up_a_reproducible_pass_but_not_widen_it():

@@ -5,6 +5,7 @@ import threading
 from contextlib import aclosing
 
 import pytest
+import torch
 from engine_helpers import collect, task_of, until
 
 from img2img.errors import ConfigurationError, EngineFailed
@@ -178,21 +179,33 @@ async def test_tasks_that_come_together_share_passes(tiny_4_channel_folder, monk
     assert sum(rows) == 4 * 50 * 2
 
 
-async def test_a_device_that_fails_for_good_breaks_the_engine(tiny_4_channel_folder, monkeypatch):
+@pytest.mark.parametrize("method", ["encode_text", "predict_noise", "decode_latents"])
+async def test_a_device_that_fails_for_good_breaks_the_engine(tiny_4_channel_folder, monkeypatch, method):
     """After some errors of CUDA nothing works in a process: whoever waits hears of it, and the worker ends."""
 
     def fail(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     async with DiffusionEngine(str(tiny_4_channel_folder), "cpu") as diffusion:
-        monkeypatch.setattr(DiffusionModel, "predict_noise", fail)
+        monkeypatch.setattr(DiffusionModel, method, fail)
         monkeypatch.setattr(DiffusionModel, "works", lambda _: False)
         with pytest.raises(EngineFailed, match="device or its driver failed"):
-            await collect(diffusion.generate(task_of(**LONG), Pictures()))
+            await collect(diffusion.generate(task_of(width=64, height=64), Pictures()))
         async with asyncio.timeout(5):
             await diffusion.broken()
         with pytest.raises(EngineFailed, match="device or its driver failed"):
             await collect(diffusion.generate(task_of(**LONG), Pictures()))
+
+
+async def test_a_device_without_the_memory_for_its_rows_is_refused_at_the_door(tiny_4_channel_folder, monkeypatch):
+    def fill(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DiffusionModel, "predict_noise", fill)
+
+    with pytest.raises(ConfigurationError, match=r"memory of cpu .* IMG2IMG_MAX_ROWS=6 .* at 64x64: lower these"):
+        async with DiffusionEngine(str(tiny_4_channel_folder), "cpu", EngineOptions(max_rows=6)):
+            pass
 
 
 async def test_a_model_that_is_not_there_is_refused_at_the_door():

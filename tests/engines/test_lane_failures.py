@@ -118,6 +118,21 @@ def test_a_task_that_does_not_fit_alone_fails_and_says_what_to_do(
     assert small.error is None
 
 
+def test_a_full_device_still_works(tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it does not once CUDA has failed; torch has one error below the other."""
+
+    def fill(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def fail(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "ones", fill)
+    assert tiny.works()
+    monkeypatch.setattr(torch, "ones", fail)
+    assert not tiny.works()
+
+
 def test_a_stopped_task_takes_no_further_step_and_says_nothing(tiny: DiffusionModel) -> None:
     lane = lane_of(tiny)
     stopped, other = submit(lane, task_of(**SMALL, num_steps=20)), submit(lane, task_of(**SMALL, num_steps=20))

@@ -1,5 +1,6 @@
 """Finding and checking checkpoints: what is taken, what is refused and with which words."""
 
+import json
 import shutil
 import socket
 import subprocess
@@ -198,6 +199,14 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
     assert "is not a .safetensors file" in refusal_of(tmp_path / "model.txt")
 
 
+def test_a_prediction_that_no_sampler_knows_is_refused(folder):
+    """At the door, and not job by job."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "flow_prediction"}))
+
+    assert "predicts 'flow_prediction': name a model that predicts epsilon, v_prediction, sample" in refusal_of(folder)
+
+
 def test_another_family_of_models_is_refused(folder):
     checkpoint = load_checkpoint(str(folder))
     checkpoint.unet.register_to_config(addition_embed_type="text_time")
@@ -231,9 +240,12 @@ def test_a_hub_id_without_a_network(monkeypatch):
     assert "could not be downloaded" in refusal_of("nobody/nothing-here")
 
 
-def test_a_device_is_named_once():
-    with pytest.raises(ConfigurationError, match="IMG2IMG_DEVICE=cpu, cpu names a device twice"):
-        resolve_devices("cpu, cpu")
+@pytest.mark.parametrize("devices", ["cpu, cpu", "cuda:1,cuda:1", "cuda,cuda:0"])
+def test_a_device_is_named_once(devices, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    with pytest.raises(ConfigurationError, match=f"IMG2IMG_DEVICE={devices} names a device twice"):
+        resolve_devices(devices)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta"])

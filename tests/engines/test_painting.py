@@ -180,11 +180,14 @@ def test_not_finite_latents_fail_at_their_step(tiny, monkeypatch):
     assert Progress(Stage.STEPS, 1, 4) not in ordered.outputs
 
 
-def test_a_decoder_that_overflows_fails(tiny, monkeypatch):
-    monkeypatch.setattr(tiny, "decode_latents", lambda _: torch.full((1, 3, 64, 64), torch.inf))
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_decoder_that_overflows_fails_and_says_what_has_more_room(tiny_4_channel_folder, monkeypatch, precision):
+    model = open_model(str(tiny_4_channel_folder), "cpu", precision)
+    monkeypatch.setattr(model, "decode_latents", lambda _: torch.full((1, 3, 64, 64), torch.inf))
 
-    with pytest.raises(EngineFailed, match="not finite"):
-        picture_of(tiny, task_of(width=64, height=64))
+    with pytest.raises(EngineFailed, match="Decoding the picture gave numbers that are not finite") as caught:
+        picture_of(model, task_of(width=64, height=64))
+    assert ("IMG2IMG_PRECISION=bfloat16" in str(caught.value)) == (precision == "float16")
 
 
 @pytest.mark.parametrize(

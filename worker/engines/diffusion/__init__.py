@@ -14,7 +14,7 @@ safety.py       a check of finished pictures, on the CPU
 pixels.py       Pillow pictures to tensors and back
 model.py        the networks: text, VAE and UNet, one method each
 graphs.py, compiling.py, warmup.py  what makes passes fast, before they are waited for
-threads.py      how torch's threads wait for each other
+threads.py      how many threads torch has, and how they wait for each other
 loading.py      finding a checkpoint, checking it, loading it
 """
 

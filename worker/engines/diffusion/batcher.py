@@ -36,15 +36,15 @@ class Entry:
 class Limits(NamedTuple):
     """``max_rows`` of a pass at ``native_pixels``, fewer for larger pictures; ``fixed_rows`` of reproducible passes.
 
-    With ``padded`` passes are filled up to the next of ``BUCKETS``. With ``any_place`` a row's bits do not depend on
-    its place in a pass, so that reproducible jobs may share one; else each has the first rows of its own.
+    With ``padded`` passes are filled up to the next of ``BUCKETS``. At the size ``any_place`` a row's bits do not
+    depend on its place in a reproducible pass, so that jobs may share one; else each has the first rows of its own.
     """
 
     max_rows: int
     native_pixels: int
     fixed_rows: int = 4
     padded: bool = False
-    any_place: bool = False
+    any_place: Size | None = None
 
 
 class Pass(NamedTuple):
@@ -178,7 +178,7 @@ class Batcher:
 
     def _reproducible(self, turn: Turn) -> Pass:
         rows, entries = self._limits.fixed_rows, self._queues[turn].entries
-        entries = _fitting(entries if self._limits.any_place else entries[:1], rows)
+        entries = _fitting(entries if turn.size == self._limits.any_place else entries[:1], rows)
         others = self._queues.get(Turn(turn.size, reproducible=False))
         if others is not None:
             entries += _fitting(others.entries, rows - sum(entry.rows for entry in entries))

@@ -11,6 +11,7 @@ import msgspec
 import structlog
 import torch
 
+from img2img.errors import ConfigurationError
 from worker.engines.base import Checkpoint, EngineInfo, Output, Pictures, Task
 from worker.engines.diffusion.batcher import GUIDED_ROWS, Limits
 from worker.engines.diffusion.lane import Intervals, Lane, Order
@@ -47,7 +48,7 @@ class DiffusionEngine:
     ``model`` is the bundled ``emoji-sd``, a diffusers folder, a ``.safetensors`` file or a hub id. Tasks on one device
     share the passes through its network; a new one goes to the device that has the fewest.
 
-    Entering it raises ``ConfigurationError`` when the checkpoint or a device cannot be used.
+    Entering it raises ``ConfigurationError`` when the checkpoint or a device cannot be used, or has not the memory.
     """
 
     def __init__(self, model: str, device: str = "auto", options: EngineOptions | None = None) -> None:
@@ -144,14 +145,20 @@ class DiffusionEngine:
 
     def _open_lane(self, device: torch.device) -> Lane:
         options = self._options
+        if device.type == "cuda":
+            # Streams and captures are those of the thread's device, whatever device tensors are on.
+            torch.cuda.set_device(device)
         model = open_model(self._source, device, options.precision, compiled=options.compiled)
         limits = _limits(model, options)
-        with torch.inference_mode():
-            previews = PreviewMap(model)
-            warm_up(model, limits)
-            # Not worth a look on a CPU, where a guided job fills a reproducible pass by itself.
-            if device.type == "cuda":
-                limits = limits._replace(any_place=places_agree(model, limits.fixed_rows))
+        try:
+            with torch.inference_mode():
+                previews = PreviewMap(model)
+                warm_up(model, limits)
+                # Not worth a look on a CPU, where a guided job fills a reproducible pass by itself.
+                if device.type == "cuda" and places_agree(model, limits.fixed_rows):
+                    limits = limits._replace(any_place=model.native_size)
+        except torch.OutOfMemoryError as exc:
+            raise _too_many_rows(model, limits) from exc
         return Lane(model, limits, options.intervals, previews)
 
     def _opened(self) -> list[Lane]:
@@ -168,6 +175,14 @@ def _limits(model: DiffusionModel, options: EngineOptions) -> Limits:
         native_pixels=width * height,
         fixed_rows=options.reproducible_rows or (CUDA_FIXED_ROWS if is_cuda else CPU_FIXED_ROWS),
         padded=is_cuda,
+    )
+
+
+def _too_many_rows(model: DiffusionModel, limits: Limits) -> ConfigurationError:
+    width, height = model.native_size
+    return ConfigurationError(
+        f"The memory of {model.device} does not suffice for passes of IMG2IMG_MAX_ROWS={limits.max_rows} and "
+        f"IMG2IMG_REPRODUCIBLE_ROWS={limits.fixed_rows} rows at {width}x{height}: lower these, or free some of it"
     )
 
 

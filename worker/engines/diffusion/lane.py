@@ -22,7 +22,7 @@ import structlog
 import torch
 
 from img2img import telemetry
-from img2img.errors import EngineFailed, Img2ImgError
+from img2img.errors import EngineFailed, Img2ImgError, ModelRefused
 from img2img.jobs import Stage
 from worker.engines.base import Checkpoint, Output, Pictures, Preview, Progress, Shared, Task
 from worker.engines.diffusion.batcher import Batcher, Entry, Limits, Pass
@@ -171,10 +171,17 @@ class Lane:
                 return
 
     def _serve(self, work: _Work) -> None:
-        """Go on with one task up to its next output."""
+        """Go on with one task up to its next output.
+
+        Raises:
+            Exception: what failed it, when the device is of no use any more.
+        """
         try:
             output = work.order.context.run(next, work.painting, None)
         except Exception as exc:
+            if self._is_lost(exc):
+                self._end(work, EngineFailed(BROKEN))
+                raise
             self._end(work, exc)
             return
         match output:
@@ -185,6 +192,10 @@ class Lane:
             case _:
                 work.order.tell(output)
                 self._alone.appendleft(work)
+
+    def _is_lost(self, error: Exception) -> bool:
+        """Whether the device failed, and not the task: else the lane would fail all that comes, one after another."""
+        return not isinstance(error, ModelRefused) and not self.model.works()
 
     def _begin_sampling(self, work: _Work, sampling: Sampling) -> None:
         task = work.order.task

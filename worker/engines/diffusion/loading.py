@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from img2img.errors import ConfigurationError
+from worker.engines.diffusion.samplers import PREDICTIONS
 
 BUNDLED: Final = Path(__file__).parents[2] / "models"
 SD15: Final = Path(__file__).parent / "sd15"
@@ -234,6 +235,9 @@ def _check_shape(checkpoint: Checkpoint, source: str) -> None:
             f"is not shaped like Stable Diffusion 1.x (UNet with {unet.in_channels} input channels and "
             f"{unet.cross_attention_dim} text features, text encoder with {width}): name such a model",
         )
+    predicts = checkpoint.scheduler_config.get("prediction_type", "epsilon")
+    if predicts not in PREDICTIONS:
+        raise _refused(source, f"predicts {predicts!r}: name a model that predicts {', '.join(PREDICTIONS)}")
 
 
 def _pickled(source: str, name: str) -> ConfigurationError:

@@ -87,6 +87,8 @@ class DiffusionModel:
         """Whether the device can be used at all: after some errors nothing works in a process any more."""
         try:
             return bool(torch.ones((), device=self.device).item() == 1)
+        except torch.OutOfMemoryError:
+            return True  # it is full, and says so as it should
         except RuntimeError:
             return False
 
@@ -218,7 +220,7 @@ def _resolve_device(device: str) -> torch.device:
         raise _unusable(device, "is not supported")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise _unusable(device, f"is not there (torch sees {torch.cuda.device_count()} CUDA devices)")
-    return chosen
+    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
 
 
 def _unusable(device: str, reason: str) -> ConfigurationError:

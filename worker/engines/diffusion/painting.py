@@ -22,7 +22,7 @@ from worker.engines.diffusion.model import VAE_FACTOR, DiffusionModel
 from worker.engines.diffusion.pixels import fit, mask_to_pixels, picture_to_pixels, pixels_to_picture
 from worker.engines.diffusion.receipts import make_receipt
 from worker.engines.diffusion.samplers import Schedule, count_steps
-from worker.engines.diffusion.sampling import Sampling
+from worker.engines.diffusion.sampling import Sampling, not_finite
 
 log = structlog.get_logger(__name__)
 
@@ -135,7 +135,7 @@ def _step_noises(
 def _decode(model: DiffusionModel, latents: torch.Tensor) -> PillowImage.Image:
     pixels = model.decode_latents(latents)
     if not torch.isfinite(pixels).all():
-        raise EngineFailed("Decoding the picture gave numbers that are not finite: lower guidance")
+        raise not_finite(model, "Decoding the picture")
     return pixels_to_picture(pixels)
 
 

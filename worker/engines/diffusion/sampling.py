@@ -19,6 +19,8 @@ from worker.engines.diffusion.model import DiffusionModel
 from worker.engines.diffusion.samplers import Schedule, Step
 
 NOT_FINITE: Final = "gave numbers that are not finite: lower guidance, or use another sampler"
+OVERFLOWS: Final = "; where every picture fails so, set IMG2IMG_PRECISION=bfloat16 on the worker"
+"""Some networks, VAEs above all, reach beyond float16's 65,504 whatever they are asked for."""
 
 
 @dataclass
@@ -78,7 +80,10 @@ def advance(model: DiffusionModel, batch: Sequence[Sampling], rows: int | None =
     for i, sampling in enumerate(batch):
         if finite[i]:
             _take(sampling, stepped[i : i + 1], clean[i : i + 1])
-    return [None if good else _refused(sampling) for sampling, good in zip(batch, finite, strict=True)]
+    return [
+        None if good else not_finite(model, f"Step {sampling.step + 1} of {sampling.steps}")
+        for sampling, good in zip(batch, finite, strict=True)
+    ]
 
 
 def _predict(
@@ -114,8 +119,9 @@ def _take(sampling: Sampling, latents: torch.Tensor, clean: torch.Tensor) -> Non
     sampling.step += 1
 
 
-def _refused(sampling: Sampling) -> EngineFailed:
-    return EngineFailed(f"Step {sampling.step + 1} of {sampling.steps} {NOT_FINITE}")
+def not_finite(model: DiffusionModel, what: str) -> EngineFailed:
+    """Why a picture is lost of which ``what`` gave numbers that are not finite."""
+    return EngineFailed(f"{what} {NOT_FINITE}{OVERFLOWS if model.precision == 'float16' else ''}")
 
 
 def _remembered(sampling: Sampling) -> torch.Tensor:

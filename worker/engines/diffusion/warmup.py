@@ -9,7 +9,8 @@ from worker.engines.diffusion.model import VAE_FACTOR, DiffusionModel
 
 
 def places_agree(model: DiffusionModel, rows: int) -> bool:
-    """Whether a row's bits are the same at each place of a pass of ``rows`` rows. Under inference mode.
+    """Whether a row's bits are the same at each place of a pass of ``rows`` rows at the model's own size. Under
+    inference mode.
 
     Libraries split a pass among threads or blocks: where a split falls within a row, that row is rounded differently.
     On two CPU cores it does in passes of 3 and 6 rows, and does not in those of 2, 4 and 8.
@@ -33,7 +34,8 @@ def warm_up(model: DiffusionModel, limits: Limits) -> None:
     width, height = (side // VAE_FACTOR for side in model.native_size)
     text = model.encode_text("").embeddings
     buckets = [rows for rows in BUCKETS if rows <= limits.max_rows] if limits.padded else [GUIDED_ROWS]
-    for rows in {*buckets, limits.fixed_rows}:
+    # The largest first: its graph's memory then serves those of all others.
+    for rows in sorted({*buckets, limits.fixed_rows}, reverse=True):
         latents = torch.zeros(rows, 9 if model.is_inpainting else 4, height, width, device=model.device)
         timesteps = torch.zeros(rows, device=model.device)
         for _ in range(HOT if limits.padded else 1):
