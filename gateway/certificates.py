@@ -89,10 +89,13 @@ class Certificates:
             log.info("certificate_files_read", files=[str(path) for path in self._paths.values()])
 
     async def watch(self) -> None:
-        """Look every CHECK_SECONDS, for ever, in a thread."""
+        """Look every CHECK_SECONDS, for ever, in a thread; one that fails as nobody foresaw is not the last."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
-            await asyncio.to_thread(self.look)
+            try:
+                await asyncio.to_thread(self.look)
+            except Exception:
+                log.exception("certificate_look_failed")
 
 
 @asynccontextmanager

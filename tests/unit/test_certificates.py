@@ -1,11 +1,13 @@
 """Certificates that are taken from their files again when these change."""
 
+import asyncio
 import ssl
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
+from gateway import certificates as under_test
 from gateway.certificates import Certificates
 from img2img.errors import ConfigurationError
 from tests.certificates import Authority, SecretVolume
@@ -128,3 +130,28 @@ def test_an_authority_that_is_no_pem_is_told(paths: dict[str, Path], new: dict[s
     paths["scaler_client_ca"].write_bytes(ssl.PEM_cert_to_DER_cert(new["ca.crt"]))
     with pytest.raises(ConfigurationError, match="IMG2IMG_SCALER_CLIENT_CA must be the PEM certificate"):
         Certificates(paths)
+
+
+async def test_a_look_that_fails_unforeseen_is_told_and_not_the_last(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or nothing would be renewed any more, and nobody would know."""
+    looks = 0
+    looked_again = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    class Surprising(Certificates):
+        def look(self) -> None:
+            nonlocal looks
+            looks += 1
+            if looks == 1:
+                raise KeyError("surprise")
+            loop.call_soon_threadsafe(looked_again.set)
+
+    monkeypatch.setattr(under_test, "CHECK_SECONDS", 0.001)
+    with capture_logs() as logs:
+        watching = asyncio.create_task(Surprising(paths).watch())
+        async with asyncio.timeout(30):
+            await looked_again.wait()
+        watching.cancel()
+    assert [entry["event"] for entry in logs].count("certificate_look_failed") == 1
