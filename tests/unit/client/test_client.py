@@ -87,8 +87,8 @@ def test_a_key_that_cannot_be_one_is_told_at_once(kind: type[Client] | type[Asyn
         kind(key=key)
 
 
-async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
-    """A job is read into plain values, field for field."""
+def job_with_all() -> pb.Job:
+    """A job whose every part says something."""
     parameters = pb.Parameters(
         prompt="a lion",
         image=pb.PictureInfo(format="PNG", width=4, height=5, size_bytes=6, sha256="cd"),
@@ -96,7 +96,7 @@ async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
         strength=1,
         guidance=7.5,
     )
-    message = job(
+    return job(
         attempt=2,
         seed=9,
         parameters=parameters,
@@ -119,7 +119,11 @@ async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
         width=256,
         finish_time=STAMP,
     )
-    servicer.answers["get"] = [pb.GetJobResponse(job=message)]
+
+
+async def test_job_comes_back_plain(call: Caller, servicer: Servicer) -> None:
+    """A job is read into plain values, field for field."""
+    servicer.answers["get"] = [pb.GetJobResponse(job=job_with_all())]
     found: JobInfo = await call("get", "0-1", wait=2.5)
     assert servicer.asked[0] == pb.GetJobRequest(id="0-1", wait_seconds=2.5)
     assert (found.id, found.state, found.attempt, found.seed) == ("0-1", JobState.SUCCEEDED, 2, 9)
