@@ -153,7 +153,7 @@ class Consumer(Worker):
             elif self._wait is not None:
                 # Whoever takes no job must not take the wake token of one either.
                 self._wait.cancel()
-            await self._engine.slots_changed()
+            await self._engine.slots_changed(self._slots)
 
     async def _until(self, waiting: Coroutine[Any, Any, object]) -> None:
         """Wait for something, but not beyond the start of draining, or the moment when no slot is free any more."""

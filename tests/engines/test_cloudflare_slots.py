@@ -91,8 +91,8 @@ async def test_all_when_a_wait_is_over(valkey_url: str, upstream: Upstream, api:
     """Whoever follows the slots hears of it, without a job that ends."""
     async with opened(valkey_url, upstream.url, breaker=1, max_calls=1) as engine:
         await failure_of(engine, task_of("html:502=1"))
-        while engine.slots(0) == 0:
-            await engine.slots_changed()
+        while (told := engine.slots(0)) == 0:
+            await engine.slots_changed(told)
         assert engine.slots(0) == 1
         await outputs_of(engine, task_of("html:502=1"))
         assert engine.slots(0) == USUAL

@@ -231,10 +231,20 @@ class TestSlots:
         with gate.turn() as turn:
             await turn.take()
             for change in (lambda: turn.__exit__(), lambda: gate.close(0.01)):
-                listening = asyncio.create_task(gate.slots_changed())
+                listening = asyncio.create_task(gate.slots_changed(gate.slots))
                 await come_round()
                 assert not listening.done()
                 change()
                 await listening
-        while gate.slots == 0:
-            await gate.slots_changed()
+        while (told := gate.slots) == 0:
+            await gate.slots_changed(told)
+
+    async def test_a_change_between_the_look_and_the_wait_is_heard_of(self, clock: Clock) -> None:
+        """Time alone may bring it, and then no call ends that would tell."""
+        gate = Gate(1, 8, 1, clock)
+        gate.close(60.0)
+        told = gate.slots
+        clock.now = 60.0
+        listening = asyncio.create_task(gate.slots_changed(told))
+        await come_round()
+        assert listening.done()

@@ -152,8 +152,8 @@ class Engine(Protocol):
         """How many tasks it can make use of at once, now; ``setting`` is the operator's number, or 0."""
         ...
 
-    async def slots_changed(self) -> None:
-        """Wait until ``slots`` may answer otherwise than now, if that ever happens."""
+    async def slots_changed(self, told: int) -> None:
+        """Wait until ``slots`` may answer otherwise than ``told``, its last answer, if that ever happens."""
         ...
 
     async def broken(self) -> None:

@@ -86,7 +86,7 @@ class FakeEngine:
         """As many as are asked for, else one."""
         return setting or 1
 
-    async def slots_changed(self) -> None:
+    async def slots_changed(self, told: int) -> None:
         """They never do."""
         await asyncio.Event().wait()
 

@@ -143,9 +143,9 @@ class CloudflareEngine:
         slots = self._gate.slots
         return min(slots, setting) if setting else slots
 
-    async def slots_changed(self) -> None:
+    async def slots_changed(self, told: int) -> None:
         """An answer came, or the time has passed for which no call could be made."""
-        await self._gate.slots_changed()
+        await self._gate.slots_changed(told)
 
     async def broken(self) -> None:
         """It never is: an upstream that fails comes back."""

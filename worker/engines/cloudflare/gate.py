@@ -144,9 +144,12 @@ class Gate:
             return 0
         return 1 if self.breaker.is_open else self.limit.calls + READY_JOBS
 
-    async def slots_changed(self) -> None:
-        """Wait until ``slots`` may be another number."""
-        await self.change(self._idle() or math.inf)
+    async def slots_changed(self, told: int) -> None:
+        """Wait until ``slots`` may be another number than ``told``."""
+        idle = self._idle()
+        # The moment at which a call may be made can pass between the caller's look and this one: nobody would ring.
+        if (told == 0) == (idle > 0):
+            await self.change(idle or math.inf)
 
     def ring(self) -> None:
         """Tell all who wait that something has changed."""

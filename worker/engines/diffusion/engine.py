@@ -95,7 +95,7 @@ class DiffusionEngine:
         """As many guided tasks as fit into a pass of each device, unless the operator says otherwise."""
         return setting or sum(_limits(lane.model, self._options).max_rows // GUIDED_ROWS for lane in self._opened())
 
-    async def slots_changed(self) -> None:
+    async def slots_changed(self, told: int) -> None:
         """They never do."""
         await asyncio.Event().wait()
 
