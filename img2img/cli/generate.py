@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from img2img.cli.connection import Connection, connection_options, one_line_errors, take_connection
+from img2img.cli.output import STANDARD_OUTPUT, check_file, check_output, format_of, write_picture, write_whole
 from img2img.cli.times import clock, likely
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 SAMPLERS: Final = ("dpmpp_2m", "ddim", "euler", "euler_a")
 FORMATS: Final = ("png", "webp", "jpeg")
-SUFFIXES: Final = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 POSITION_SECONDS: Final = 1.0
 WORTH_TELLING: Final = 0.005
 CANCELING: Final = "canceling (Ctrl-C again: at once)"
@@ -116,18 +116,13 @@ def generate(
     """
     connection = take_connection(given)
     fields = request_fields(words, given)
-    output_format = output_format or SUFFIXES.get(Path(output).suffix.lower())
+    output_format = output_format or format_of(output)
     fields["options"] = job_options({**given, "output_format": output_format, "previews": preview_file is not None})
-    for option, file in (("--output", None if output == "-" else Path(output)), ("--preview-file", preview_file)):
-        if file is not None and file.is_dir():
-            raise click.BadParameter(f"{file} is a folder", param_hint=option)
-        if file is not None and not file.absolute().parent.is_dir():
-            raise click.BadParameter(f"there is no folder {file.parent}", param_hint=option)
+    check_output(output)
+    if preview_file is not None:
+        check_file(preview_file, "--preview-file")
     picture = run_job(connection, fields, preview_file)
-    if output == "-":
-        sys.stdout.buffer.write(picture.data)
-    else:
-        Path(output).write_bytes(picture.data)
+    write_picture(output, picture.data)
     click.echo(summary(output, picture), err=True)
 
 
@@ -242,13 +237,6 @@ async def _show_position(client: "AsyncClient", job_id: str, bar: "Progress") ->
         await asyncio.sleep(POSITION_SECONDS)
 
 
-def write_whole(file: Path, data: bytes) -> None:
-    """Put ``data`` in the place of ``file`` at once, so that no viewer reads half of it."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(data)
-    part.replace(file)
-
-
 def waiting_for(job: "JobInfo") -> str:
     """Why a queued job does not run yet, and when it will be done."""
     words = ["queued"]
@@ -285,6 +273,6 @@ def summary(output: str, picture: "Picture") -> str:
         f"{stage.replace('_', ' ')} {value:.2f}" for stage, value in job.timings.items() if value >= WORTH_TELLING
     )
     size = f"{job.width}x{job.height}, {len(picture.data):,} bytes"
-    name = "picture" if output == "-" else output
+    name = "picture" if output == STANDARD_OUTPUT else output
     lines.append(f"{name}: {size}, seed {job.seed}, {seconds:.2f} s ({stages}), job {job.id}")
     return "\n".join(lines)

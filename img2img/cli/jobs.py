@@ -1,11 +1,13 @@
 """``img2img jobs``: what the service has to do and has done for your account."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from img2img.cli.connection import connection_options, one_line_errors, take_connection
+from img2img.cli.output import SUFFIXES, check_output, write_picture
 from img2img.cli.times import clock, likely
 
 if TYPE_CHECKING:
@@ -60,6 +62,33 @@ def get(job_id: str, as_json: bool, **given: Any) -> None:
         _print_job(client.get(job_id), as_json)
 
 
+@jobs.command(
+    epilog="\b\nExamples:\n"
+    "  img2img jobs result 0-0199b3c4-…\n"
+    "  img2img jobs result 0-0199b3c4-… -o lion.png\n"
+    "  img2img jobs result 0-0199b3c4-… -o - > lion.png"
+)
+@click.argument("job_id")
+@click.option(
+    "--output", "-o", metavar="OUT", help="Where it goes; - is standard output.  [default: JOB_ID.png, or .webp, .jpg]"
+)
+@connection_options
+def result(job_id: str, output: str | None, **given: Any) -> None:
+    """Fetch the picture of a job that has succeeded."""
+    if output is not None:
+        check_output(output)
+    with one_line_errors(), take_connection(given).open() as client:
+        data = client.result(job_id)
+        job = client.get(job_id)
+    if job.result is None:
+        raise click.ClickException(
+            f"Job {job_id} is {job.state} again, after a replay: watch it with img2img jobs watch"
+        )
+    output = _place(job_id, output, job.result.media_type.removeprefix("image/"))
+    write_picture(output, data)
+    click.echo(f"{output}: {job.width}x{job.height}, {len(data):,} bytes", err=True)
+
+
 @jobs.command(epilog="\b\nExample:\n  img2img jobs cancel 0-0199b3c4-…")
 @click.argument("job_id")
 @json_option
@@ -107,6 +136,23 @@ def watch(job_id: str, after: int, as_json: bool, **given: Any) -> None:
     with one_line_errors(), take_connection(given).open() as client:
         for event in client.watch(job_id, after=after):
             click.echo(_json(event) if as_json else _event_line(event))
+
+
+def _place(job_id: str, output: str | None, picture_format: str) -> str:
+    """Where a job's picture goes.
+
+    Raises:
+        click.BadParameter: the file's name promises another format.
+    """
+    suffixes = [suffix for suffix, name in SUFFIXES.items() if name == picture_format]
+    if output is None:
+        return f"{job_id}{suffixes[0]}"
+    promised = SUFFIXES.get(Path(output).suffix.lower(), picture_format)
+    if promised != picture_format:
+        raise click.BadParameter(
+            f"the picture is {picture_format}: end {output} in {suffixes[0]}", param_hint="--output"
+        )
+    return output
 
 
 def _newest(client: "Client", state: Any, limit: int) -> "list[JobInfo]":

@@ -168,10 +168,11 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command without a terminal, to its end."""
     return subprocess.run(
         [*IMG2IMG, *arguments],
+        cwd=cwd,
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

@@ -82,6 +82,23 @@ def test_a_picture_from_the_prompt_alone(server: str, tmp_path: Path) -> None:
     assert options == {"priority": 2, "deadline_seconds": 50, "sampler": "euler"}
 
 
+def test_the_picture_of_a_job(server: str, tmp_path: Path) -> None:
+    """Whoever made it, ``jobs result`` fetches it: into a file with the suffix of its format, or through a pipe."""
+    made = tmp_path / "lion.webp"
+    assert run("generate", "a lion", "-o", str(made), "--steps", "1", IMG2IMG_SERVER=server).returncode == 0
+    job_id = jobs(server, "list", "--limit", "1")[0]["id"]
+    ended = run("jobs", "result", job_id, IMG2IMG_SERVER=server, cwd=tmp_path)
+    assert (ended.returncode, (tmp_path / f"{job_id}.webp").read_bytes()) == (0, made.read_bytes())
+    assert f"{job_id}.webp: 256x256, " in ended.stderr
+    piped = subprocess.run(
+        [*IMG2IMG, "jobs", "result", job_id, "-o", "-", "--server", server], capture_output=True, timeout=60
+    )
+    assert (piped.returncode, piped.stdout) == (0, made.read_bytes())
+    wrong = run("jobs", "result", job_id, "-o", str(tmp_path / "lion.png"), IMG2IMG_SERVER=server)
+    assert (wrong.returncode, (tmp_path / "lion.png").exists()) == (2, False)
+    assert "the picture is webp: end" in wrong.stderr
+
+
 def test_ctrl_c_cancels_the_job(server: str, tmp_path: Path) -> None:
     """Ctrl-C while the picture is made cancels its job on the service; no file is written."""
     out = tmp_path / "lion.png"
@@ -130,7 +147,9 @@ def test_a_crash_in_between_is_not_noticed(up: Up, tmp_path: Path, kind: str) ->
         (("generate", str(DOG)), 2, "is a file: give a prompt after it"),
         (("generate", "missing.png", "x"), 2, "there is no file missing.png"),
         (("generate", "x", "-o", "/missing/x.png"), 2, "there is no folder /missing"),
+        (("generate", "x", "-o", "x.gif"), 2, "pictures cannot be .gif: end x.gif in .png, .webp or .jpg"),
         (("generate", "a", "lion", "please"), 2, "in quotes"),
+        (("jobs", "result", "0-1"), 1, "[job_not_found]"),
         (("jobs", "get", "0-1"), 1, "[job_not_found]"),
         (("jobs", "watch", "0-1"), 1, "[job_not_found]"),
     ],
