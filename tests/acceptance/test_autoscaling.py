@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.keda import Keda
-from tests.stack import Process, Stack, eventually, submit
+from tests.stack import Process, Stack, ended, eventually, submit
 
 pytestmark = pytest.mark.usefixtures("empty_server")
 TARGET = 2.0
@@ -53,10 +53,8 @@ def test_what_was_measured_counts_when_no_worker_is_left(stack: Stack) -> None:
     assert gateway.scaler is not None
     with gateway.client() as client, Keda(gateway.scaler, pool="default", targetSeconds="1") as keda:
         worker = stack.worker(concurrency="4", fake_step_seconds="0.2")
-        for seed in range(4):
-            submit(client, prompt="a lion", seed=seed, num_steps=5)
-        eventually(lambda: client.get("/v1/queue").json()["running"] == 4, "all jobs run")
-        eventually(lambda: client.get("/v1/queue").json()["running"] == 0, "all jobs are done")
+        jobs = [submit(client, prompt="a lion", seed=seed, num_steps=5)["id"] for seed in range(4)]
+        assert [ended(client, job_id)["state"] for job_id in jobs] == ["succeeded"] * 4
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
         eventually(lambda: keda.replicas() == 0, "nothing is owed")

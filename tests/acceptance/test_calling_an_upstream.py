@@ -4,19 +4,16 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from tests.calls import key_of, opened, run_path, write_tenants
 from tests.conftest import running_valkey
-from tests.stack import DOG, Stack, eventually, state_of, submit
+from tests.stack import DOG, Stack, ended, eventually, state_of, submit
 from tests.upstream.running import UpstreamProcess, proxy_settings
 from tests.valkey import free_port
 
 FAST_LEASE = {"lease": "1.5", "beat": "0.4"}
-TERMINAL = ("succeeded", "failed", "canceled", "expired")
 
 
 @pytest.fixture
@@ -24,13 +21,6 @@ def upstream(tmp_path: Path) -> Iterator[UpstreamProcess]:
     process = UpstreamProcess(tmp_path / "upstream.log")
     yield process
     process.close()
-
-
-def ended(client: httpx.Client, job_id: str, seconds: float = 30.0) -> dict[str, Any]:
-    """The job, when it has ended."""
-    eventually(lambda: state_of(client, job_id) in TERMINAL, f"job {job_id} ends", seconds)
-    job: dict[str, Any] = client.get(f"/v1/jobs/{job_id}").json()
-    return job
 
 
 def test_a_picture_from_upstream(stack: Stack, upstream: UpstreamProcess) -> None:
@@ -149,7 +139,7 @@ def test_an_upstream_that_comes_back(stack: Stack, tmp_path: Path) -> None:
         upstream.kill()
         upstream = UpstreamProcess(tmp_path / "second.log", port=port)
         try:
-            assert [ended(client, job_id, 60.0)["state"] for job_id in jobs] == ["succeeded"] * len(jobs)
+            assert [ended(client, job_id)["state"] for job_id in jobs] == ["succeeded"] * len(jobs)
         finally:
             upstream.close()
 

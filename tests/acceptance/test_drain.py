@@ -13,7 +13,7 @@ from img2img.v1.img2img_pb2_grpc import Img2ImgServiceStub
 from tests.calls import jobs_of, model_error, problem, run_path
 from tests.stack import Stack, eventually, state_of, submit
 
-LIMIT = 4.0
+LIMIT = 8.0
 
 
 def unfinished_call(http: str) -> socket.socket:
@@ -93,7 +93,7 @@ def test_a_body_that_still_arrives_is_answered_before_the_limit(stack: Stack) ->
 
 def test_calls_stuck_on_a_silent_server_are_asked_to_come_again(stack: Stack, valkey_url: str) -> None:
     """At the drain limit both dialects answer 503, each in its own form, and event streams end as they should."""
-    leaving = stack.gateway(drain_timeout="1")
+    leaving = stack.gateway(drain_timeout="0.5")
     with leaving.client() as client, ThreadPoolExecutor() as pool, Redis.from_url(valkey_url) as redis:
         job_id = submit(client, prompt="a dog")["id"]
         with client.stream("GET", f"/v1/jobs/{job_id}/events") as stream:

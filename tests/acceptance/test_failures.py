@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from tests.stack import Stack, eventually, state_of, submit
+from tests.stack import Stack, ended, eventually, state_of, submit
 
-FAST_LEASE = {"lease": "0.6", "beat": "0.2"}
+FAST_LEASE = {"lease": "1.5", "beat": "0.4"}
 ENDLESS, SLOW = "a dog fake:step=5", "a dog fake:step=0.1"
 
 
@@ -20,7 +20,7 @@ def test_a_killed_workers_job_is_run_by_another(stack: Stack) -> None:
         eventually(lambda: state_of(client, job_id) == "running", "running")
         first.kill()
         stack.worker(**FAST_LEASE)
-        job = client.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json()
+        job = ended(client, job_id)
         assert (job["state"], job["attempt"]) == ("succeeded", 2)
         log = client.get(f"/v1/jobs/{job_id}/events").text
         assert "worker_lost" in log
@@ -35,7 +35,7 @@ def test_a_stopped_worker_cannot_overwrite(stack: Stack) -> None:
         eventually(lambda: state_of(client, job_id) == "running", "running")
         sleeper.signal(signal.SIGSTOP)
         stack.worker(**FAST_LEASE)
-        job = client.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json()
+        job = ended(client, job_id)
         assert (job["state"], job["attempt"]) == ("succeeded", 2)
         sleeper.signal(signal.SIGCONT)
         eventually(
@@ -49,14 +49,14 @@ def test_a_worker_may_get_its_own_lost_job_again(stack: Stack, valkey_url: str) 
     """The server stalls past the lease: the worker's free slot claims the job that its other slot still runs."""
     stack.worker(concurrency="2", **FAST_LEASE)
     with stack.gateway().client() as client, Redis.from_url(valkey_url) as redis:
-        job_id = submit(client, prompt="a dog fake:step=0.15")["id"]
+        job_id = submit(client, prompt="a dog fake:step=0.2")["id"]
         eventually(lambda: state_of(client, job_id) == "running", "running")
-        redis.client_pause(1500, all=True)
-        job = client.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json()
+        redis.client_pause(2500, all=True)
+        job = ended(client, job_id)
         assert job["state"] == "succeeded"
         assert job["attempt"] <= 2
         after = submit(client, prompt="a dog")["id"]
-        assert client.get(f"/v1/jobs/{after}", params={"wait": 30}).json()["state"] == "succeeded"
+        assert ended(client, after)["state"] == "succeeded"
         assert client.get("/v1/queue").json()["running"] == 0
 
 
@@ -78,7 +78,7 @@ def test_a_worker_that_is_asked_to_stop_finishes_what_it_can(stack: Stack) -> No
     """SIGTERM with time enough: the running job ends there, the next one is not taken."""
     leaving = stack.worker()
     with stack.gateway().client() as client:
-        running, waiting = (submit(client, prompt="a dog fake:step=0.05")["id"] for _ in range(2))
+        running, waiting = (submit(client, prompt="a dog fake:step=0.2")["id"] for _ in range(2))
         eventually(lambda: state_of(client, running) == "running", "running")
         leaving.signal(signal.SIGTERM)
         assert leaving.wait() == 0
@@ -97,7 +97,7 @@ def test_a_restarted_gateway_knows_everything(stack: Stack) -> None:
         eventually(lambda: state_of(client, job_id) == "running", "running")
     first.kill()
     with stack.gateway().client() as client:
-        assert client.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json()["state"] == "succeeded"
+        assert ended(client, job_id)["state"] == "succeeded"
         assert client.get(f"/v1/jobs/{job_id}/image").status_code == 200
 
 
@@ -108,7 +108,7 @@ def test_a_job_that_fails_is_tried_again_and_then_fails(stack: Stack) -> None:
         recovered = submit(client, prompt="a dog fake:fail=1")["id"]
         failing = submit(client, prompt="a dog fake:fail")["id"]
         refused = submit(client, prompt="a dog fake:refuse")["id"]
-        jobs = [client.get(f"/v1/jobs/{job}", params={"wait": 30}).json() for job in (recovered, failing, refused)]
+        jobs = [ended(client, job) for job in (recovered, failing, refused)]
     assert [(job["state"], job["attempt"]) for job in jobs] == [("succeeded", 2), ("failed", 3), ("failed", 1)]
     assert [job["error"] and job["error"]["code"] for job in jobs] == [None, "engine_failed", "model_refused"]
 
@@ -121,7 +121,7 @@ def test_a_running_job_ends_at_its_deadline(stack: Stack) -> None:
         running = submit(client, prompt=ENDLESS, options=limit)["id"]
         queued = submit(client, prompt=ENDLESS, options=limit)["id"]
         for job_id in (running, queued):
-            assert client.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json()["state"] == "expired"
+            assert ended(client, job_id)["state"] == "expired"
 
 
 def test_an_attempt_has_a_limit_of_its_own(stack: Stack) -> None:
@@ -129,7 +129,7 @@ def test_an_attempt_has_a_limit_of_its_own(stack: Stack) -> None:
     stack.worker(attempt_timeout="0.3")
     with stack.gateway().client() as client:
         job_id = submit(client, prompt=ENDLESS)["id"]
-        job = client.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json()
+        job = ended(client, job_id)
     assert (job["state"], job["error"]["code"]) == ("failed", "attempt_timeout")
 
 
@@ -141,7 +141,7 @@ def test_a_cancel_stops_a_running_job_within_a_step(stack: Stack) -> None:
         eventually(lambda: state_of(client, endless) == "running", "running")
         client.post(f"/v1/jobs/{endless}/cancel")
         after = submit(client, prompt="a dog")["id"]
-        assert client.get(f"/v1/jobs/{after}", params={"wait": 30}).json()["state"] == "succeeded"
+        assert ended(client, after)["state"] == "succeeded"
         canceled = client.get(f"/v1/jobs/{endless}").json()
     assert (canceled["state"], canceled["error"]["code"]) == ("canceled", "canceled")
 
@@ -154,7 +154,7 @@ def test_inputs_are_deleted_with_their_job(stack: Stack, tmp_path: Path) -> None
     with stack.gateway(**blobs).client() as client:
         image = list((Path(__file__).parents[2] / "examples" / "dog.png").read_bytes())
         job_id = submit(client, prompt="a dog", image=image, strength=0.5)["id"]
-        assert client.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json()["state"] == "succeeded"
+        assert ended(client, job_id)["state"] == "succeeded"
         eventually(lambda: kinds(folder) == {"result"}, "the input is deleted")
         assert client.get(f"/v1/jobs/{job_id}/image").status_code == 200
 

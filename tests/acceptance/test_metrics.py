@@ -19,7 +19,7 @@ from img2img.v1 import img2img_pb2 as pb
 from img2img.v1.img2img_pb2_grpc import Img2ImgServiceStub
 from tests.metrics import Scrape, metrics_url
 from tests.metrics_table import declared, shown_by
-from tests.stack import DOG, Gateway, Process, Stack, eventually, state_of, submit
+from tests.stack import DOG, Gateway, Process, Stack, ended, eventually, state_of, submit
 from tests.upstream.running import UpstreamProcess
 
 POOLS: Final = """
@@ -52,6 +52,7 @@ pools = ["gpu"]
 ENGINES: Final = {"local": "fake", "burst": "cloudflare", "gpu": "diffusion"}
 STATES: Final = ("queued", "delayed", "running", "quarantined")
 STEPS: Final = 3
+BUSY: Final = "img2img_worker_busy"
 TRACES: Final = {pool: digit * 32 for pool, digit in zip((*ENGINES, "rpc", "unsampled"), "abcde", strict=True)}
 """Those in which the callers are that ask for a job of each pool."""
 JOB_ID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7")
@@ -83,7 +84,7 @@ class Service:
         options = {} if pool == "local" else {"model": pool}
         with self.gateway.client(headers={"traceparent": traceparent(trace)}) as client:
             made = submit(client, prompt="a dog", image=list(DOG.read_bytes()), num_steps=STEPS, options=options)
-            job: dict[str, Any] = client.get(f"/v1/jobs/{made['id']}", params={"wait": 60}).json()
+            job = ended(client, made["id"])
         assert job["state"] == "succeeded", job
         return job
 
@@ -109,6 +110,8 @@ def service(valkey_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             assert client.post("/v1/jobs", json={"prompt": ""}).status_code == 400
             assert client.get("/v2/jobs").status_code == 404
             assert client.request("PROPFIND", "/v1/jobs").status_code == 405
+        # A worker counts a job after it has told the server of its end.
+        eventually(lambda: not any(service.scrape(pool).value(BUSY) for pool in ENGINES), "no worker is busy")
         yield service
 
 
@@ -165,7 +168,7 @@ def test_a_gateway_tells_what_waits_and_for_how_long(service: Service) -> None:
     with service.gateway.client() as client:
         running, waiting = (submit(client, prompt="fake:step=1", num_steps=20)["id"] for _ in range(2))
         eventually(lambda: state_of(client, running) == "running", "the first one runs")
-        assert service.scrape("local").value("img2img_worker_busy") == 1
+        eventually(lambda: service.scrape("local").value(BUSY) == 1, "its worker knows")
         oldest = "img2img_queue_oldest_job_age_seconds"
         eventually(lambda: service.scrape().value(oldest, queue="local") > 0, "the second one waits")
         scrape = service.scrape()
@@ -175,22 +178,22 @@ def test_a_gateway_tells_what_waits_and_for_how_long(service: Service) -> None:
         for job_id in (waiting, running):
             client.post(f"/v1/jobs/{job_id}/cancel")
         eventually(lambda: state_of(client, running) == "canceled", "it has stopped")
-        eventually(lambda: service.scrape("local").value("img2img_worker_busy") == 0, "nothing runs")
+        eventually(lambda: service.scrape("local").value(BUSY) == 0, "nothing runs")
         assert service.scrape().value(oldest, queue="local") == 0
-    ended = service.scrape("local")
+    after = service.scrape("local")
     # The other one has never been on a worker.
-    assert ended.value("img2img_jobs_completed_total", outcome="canceled", engine="fake") == 1
-    assert ended.value("img2img_jobs_completed_total", outcome="expired", engine="fake") == 0
+    assert after.value("img2img_jobs_completed_total", outcome="canceled", engine="fake") == 1
+    assert after.value("img2img_jobs_completed_total", outcome="expired", engine="fake") == 0
 
 
 @pytest.mark.parametrize("pool", ENGINES)
 def test_a_worker_counts_its_jobs_and_their_time(service: Service, pool: str) -> None:
     """By outcome, with stages that add up to the whole."""
     scrape, jobs = service.scrape(pool), 3 if pool == "local" else 1
-    ended = {"outcome": "succeeded"}
-    assert scrape.value("img2img_jobs_completed_total", **ended, engine=ENGINES[pool]) == jobs
-    assert scrape.value("img2img_job_seconds_count", **ended) == jobs
-    assert 0 < scrape.value("img2img_job_seconds_sum", **ended) < 60 * jobs
+    succeeded = {"outcome": "succeeded"}
+    assert scrape.value("img2img_jobs_completed_total", **succeeded, engine=ENGINES[pool]) == jobs
+    assert scrape.value("img2img_job_seconds_count", **succeeded) == jobs
+    assert 0 < scrape.value("img2img_job_seconds_sum", **succeeded) < 60 * jobs
     assert scrape.value("img2img_job_stage_seconds_count", stage="store") == jobs
     assert scrape.value("img2img_model_load_seconds_count") == 1
     assert scrape.value("img2img_worker_slots") >= 1
@@ -281,11 +284,11 @@ def test_without_a_queue_server_the_rest_is_told(service: Service, server_proces
 
 
 def test_a_worker_that_drains_is_not_ready(stack: Stack) -> None:
-    """It lives, and shows its metrics, until its last job is done."""
+    """It lives, and shows its metrics, until its last job has ended."""
     worker = stack.worker(queue="draining")
     probes = metrics_url(worker)
     with stack.gateway(queue="draining").client() as client:
-        job_id = submit(client, prompt="fake:step=0.2", num_steps=15)["id"]
+        job_id = submit(client, prompt="fake:step=5")["id"]
         eventually(lambda: state_of(client, job_id) == "running", "it runs")
         assert httpx.get(f"{probes}/health/ready", trust_env=False).status_code == 200
         worker.signal(signal.SIGTERM)
@@ -295,15 +298,16 @@ def test_a_worker_that_drains_is_not_ready(stack: Stack) -> None:
 
         eventually(draining, "it drains")
         assert httpx.get(f"{probes}/health/live", trust_env=False).status_code == 200
-        assert Scrape(probes).value("img2img_worker_busy") == 1
+        assert Scrape(probes).value(BUSY) == 1
         assert httpx.get(f"{probes}/jobs", trust_env=False).status_code == 404
-        eventually(lambda: state_of(client, job_id) == "succeeded", "it is done")
+        client.post(f"/v1/jobs/{job_id}/cancel")
+        assert ended(client, job_id)["state"] == "canceled"
     assert worker.wait() == 0
 
 
 def test_a_lost_claim_is_counted(stack: Stack) -> None:
     """A worker that stood still for longer than its lease finds its job with another one."""
-    fast = {"queue": "lost", "lease": "1", "beat": "0.3"}
+    fast = {"queue": "lost", "lease": "2", "beat": "0.5"}
     with stack.gateway(queue="lost").client() as client:
         slow = stack.worker(**fast)
         job_id = submit(client, prompt="fake:step=0.1", num_steps=20)["id"]

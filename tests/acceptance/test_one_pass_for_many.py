@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from tests.stack import Stack, eventually, submit
+import pytest
+
+from tests.stack import Stack, ended, eventually, submit
 
 LONG: dict[str, Any] = {"width": 384, "height": 384, "num_steps": 20}
 """Each takes long enough for all of them to be seen at work."""
@@ -17,21 +19,23 @@ def reproducible(job: dict[str, Any]) -> dict[str, Any]:
     return {**job, "options": {**job.get("options", {}), "reproducible": True}}
 
 
+@pytest.mark.timeout(600)
 def test_jobs_that_share_a_worker_get_their_own_pictures(stack: Stack) -> None:
     stack.worker(engine="diffusion", device="cpu", max_rows="6", reproducible_rows="6", progress_interval="0")
     with stack.gateway().client() as client:
 
-        def ended(job_id: str) -> dict[str, Any]:
-            job: dict[str, Any] = client.get(f"/v1/jobs/{job_id}", params={"wait": 60}).json()
+        def receipt(job_id: str) -> dict[str, Any]:
+            job = ended(client, job_id)
             assert job["state"] == "succeeded", job
-            return job
+            made: dict[str, Any] = job["result"]["receipt"]
+            return made
 
-        alone = [ended(submit(client, **reproducible(job))["id"])["result"]["receipt"] for job in JOBS]
+        alone = [receipt(submit(client, **reproducible(job))["id"]) for job in JOBS]
         ids = [submit(client, **reproducible(job))["id"] for job in JOBS]
         running = {"state": "running", "limit": 10}
         eventually(
             lambda: len(client.get("/v1/jobs", params=running).json()["jobs"]) == len(JOBS), "all of them run at once"
         )
-        together = [ended(job_id)["result"]["receipt"] for job_id in ids]
+        together = [receipt(job_id) for job_id in ids]
 
     assert together == alone

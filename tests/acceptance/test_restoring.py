@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.stack import Stack, eventually, submit
+from tests.stack import Stack, ended, eventually, submit
 from tests.valkey import ValkeyServer
 
 
@@ -21,8 +21,7 @@ def test_jobs_of_a_dump_run_on_a_new_server(tmp_path: Path) -> None:
         eventually(lambda: _is_written(new.client().info("persistence")), "the append-only files are written")
         stack.worker()
         with stack.gateway().client() as client:
-            ended = client.get(f"/v1/jobs/{job['id']}", params={"wait": 60}).json()
-        assert ended["state"] == "succeeded"
+            assert ended(client, job["id"])["state"] == "succeeded"
     with (
         ValkeyServer(tmp_path / "new", "appendonly yes") as again,
         Stack(again.url, tmp_path) as stack,

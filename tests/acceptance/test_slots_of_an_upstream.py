@@ -11,7 +11,7 @@ import pytest
 
 from tests.calls import model_error, run_path
 from tests.days import PATIENCE, keep_within_a_day
-from tests.stack import Stack, eventually, state_of, submit
+from tests.stack import Stack, ended, eventually, state_of, submit
 from tests.upstream.running import UpstreamProcess
 from worker.engines.cloudflare.gate import FIRST_LIMIT, FIRST_OPEN, READY_JOBS
 
@@ -42,11 +42,6 @@ def told(client: httpx.Client, **like: Any) -> dict[str, Any]:
     return eventually(found, f"a worker says {like}")  # type: ignore[return-value]
 
 
-def ended(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = client.get(f"/v1/jobs/{job['id']}", params={"wait": 60}).json()
-    return found
-
-
 def counts(client: httpx.Client) -> tuple[int, int]:
     """How many jobs wait and run."""
     shown = client.get("/v1/queue").json()
@@ -62,7 +57,7 @@ def test_while_the_upstream_fails_jobs_stay_in_the_queue(
     told(client, slots=0, paused=True)
     waiting = [submit(client, prompt="a lion", seed=seed) for seed in range(4)]
     told(client, paused=False)
-    ends = [ended(client, job) for job in (failing, *waiting)]
+    ends = [ended(client, job["id"]) for job in (failing, *waiting)]
     assert [job["state"] for job in ends] == ["succeeded"] * 5
     assert [(job["attempt"], job["interruptions"]) for job in ends] == [(2, 0)] + [(1, 0)] * 4
     failed_at = datetime.fromisoformat(ends[0]["history"][0]["ended_at"])
@@ -70,7 +65,7 @@ def test_while_the_upstream_fails_jobs_stay_in_the_queue(
     # The breaker opened before the attempt's end was on record; a worker that takes jobs does so within milliseconds.
     assert (first - failed_at).total_seconds() > FIRST_OPEN / 2
     before, probe = upstream.calls()[:2]
-    assert probe["at"] - before["ended_at"] >= FIRST_OPEN
+    assert probe["at"] - before["at"] >= FIRST_OPEN
 
 
 def test_no_more_jobs_are_taken_than_calls_and_a_few(
@@ -79,7 +74,7 @@ def test_no_more_jobs_are_taken_than_calls_and_a_few(
     """After a sign of overload fewer; those that wait do so in the queue."""
     stack.worker(**upstream.settings())
     assert told(client)["slots"] == FIRST_LIMIT + READY_JOBS
-    assert ended(client, submit(client, prompt="a lion upstream:3040=1"))["state"] == "succeeded"
+    assert ended(client, submit(client, prompt="a lion upstream:3040=1")["id"])["state"] == "succeeded"
     told(client, slots=5 + READY_JOBS, paused=False)
     jobs = [submit(client, prompt="a lion upstream:hold", seed=seed) for seed in range(20)]
     upstream.wait_for(5, ended="waiting")
@@ -87,7 +82,7 @@ def test_no_more_jobs_are_taken_than_calls_and_a_few(
     assert counts(client) == (20 - 5 - READY_JOBS, 5 + READY_JOBS)
     assert len(upstream.wait_for(5, ended="waiting")) == 5
     upstream.set("release")
-    assert [ended(client, job)["state"] for job in jobs] == ["succeeded"] * 20
+    assert [ended(client, job["id"])["state"] for job in jobs] == ["succeeded"] * 20
 
 
 def test_the_operators_number_is_the_most(stack: Stack, client: httpx.Client, upstream: UpstreamProcess) -> None:
@@ -97,7 +92,7 @@ def test_the_operators_number_is_the_most(stack: Stack, client: httpx.Client, up
     upstream.wait_for(2, ended="waiting")
     assert counts(client) == (1, 2)
     upstream.set("release")
-    assert [ended(client, job)["state"] for job in jobs] == ["succeeded"] * 3
+    assert [ended(client, job["id"])["state"] for job in jobs] == ["succeeded"] * 3
 
 
 def test_a_worker_whose_accounts_are_used_up_is_paused(
@@ -138,4 +133,4 @@ def test_a_paused_worker_that_drains_takes_no_more_jobs(
     assert state_of(client, running["id"]) == "running"
     upstream.set("release")
     assert worker.wait() == 0
-    assert ended(client, running)["state"] == "succeeded"
+    assert ended(client, running["id"])["state"] == "succeeded"

@@ -7,12 +7,11 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-import httpx
 import pytest
 
 from img2img.queue_types import WorkerInfo
 from img2img.settings import Settings
-from tests.stack import Process, Stack, eventually, state_of, submit
+from tests.stack import Process, Stack, ended, eventually, state_of, submit
 from worker.heart import Heart
 from worker.watchdog import STALLED_STATUS
 
@@ -20,12 +19,6 @@ FAST_LEASE = {"lease": "1.5", "beat": "0.4"}
 PATIENT_LEASE = {"lease": "2.5", "beat": "0.4"}
 IMPATIENT = {**FAST_LEASE, "stall_limit": "1"}
 MENDED = {**FAST_LEASE, "fake_obeys": "false"}
-
-
-def ended(client: httpx.Client, job_id: str) -> dict[str, Any]:
-    """The job, when it has ended."""
-    eventually(lambda: state_of(client, job_id) in ("succeeded", "failed"), "the job ends")
-    return client.get(f"/v1/jobs/{job_id}").json()
 
 
 def tripped(worker: Process) -> dict[str, dict[str, Any]]:
@@ -46,7 +39,7 @@ def test_a_hung_workers_job_runs_elsewhere(stack: Stack, fault: str, phase: str)
         assert hanging.wait() == STALLED_STATUS
         hung = tripped(hanging)[job_id if phase == "steps" else "event loop"]
         assert hung["phase"] == phase
-        assert hung["seconds"] > hung["limit"] == 1.0
+        assert hung["seconds"] > hung["limit"] >= 1.0  # more where the steps before were slow
         assert "Current thread" in hanging.log.read_text()
         stack.worker(**MENDED)
         job = ended(client, job_id)

@@ -3,9 +3,7 @@
 import asyncio
 import json
 import os
-import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -21,10 +19,9 @@ from img2img.embedded import EmbeddedValkey
 from tests.calls import write_tenants
 from tests.chaos.intensity import Profile
 from tests.proxy import Proxy
+from tests.valkey import free_port
 
 ACCOUNTS: Final = ("amber", "beryl", "coral")
-PORTS: Final = (20_000, 32_000)
-"""Below the ports that the system gives to outgoing connections, so that a restarted server finds its own free."""
 START_TRIES: Final = 60
 START_PAUSE: Final = 0.3
 ERRORS_SHOWN: Final = 20
@@ -256,15 +253,3 @@ async def _end(task: "asyncio.Task[None]") -> None:
     await asyncio.wait({task})
     if not task.cancelled() and (error := task.exception()) is not None:
         raise error
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    for port in random.SystemRandom().sample(range(*PORTS), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError(f"no free port between {PORTS[0]} and {PORTS[1]}")

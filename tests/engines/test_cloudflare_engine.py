@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 
 import pytest
 from arq.connections import ArqRedis
@@ -256,6 +257,22 @@ class TestStopping:
             if isinstance(output, Sent):
                 interrupt.set()
         assert words(outputs) == ["Sent", "Image"]
+
+    async def test_a_deadline_is_kept_by_whoever_runs_the_job(
+        self, valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis
+    ) -> None:
+        """Neither a call nor a wait for one ends by itself then: which end the job has would be a matter of chance."""
+        deadline = time.monotonic() + 3.0
+        async with opened(valkey_url, upstream.url, highest=1, on_lost="fail") as engine:
+            calling = asyncio.create_task(outputs_of(engine, task_of("never", deadline=deadline)))
+            await called(api, 1)
+            waiting = asyncio.create_task(outputs_of(engine, task_of(deadline=deadline)))
+            await asyncio.wait({calling, waiting}, timeout=deadline + 0.5 - time.monotonic())
+            assert not calling.done()
+            assert not waiting.done()
+            calling.cancel()
+            waiting.cancel()
+            await asyncio.wait({calling, waiting})
 
 
 async def test_no_token_is_in_a_log_or_an_error(valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis) -> None:

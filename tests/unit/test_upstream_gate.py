@@ -183,6 +183,17 @@ class TestTurns:
                 stack.close()
                 await second
 
+    async def test_what_comes_after_a_call_does_not_make_it_a_slow_one(self, clock: Clock) -> None:
+        """A queue server that is slow to note it is no overload of the upstream."""
+        gate = Gate(1, 8, 5, clock)
+        for _ in range(4):
+            with gate.turn() as turn:
+                await turn.take()
+                clock.now += 1.0
+                turn.ended(Signal.DONE)
+                clock.now += 60.0 if gate.clock() > 2.0 else 0.0
+        assert gate.limit.calls == FIRST_LIMIT
+
 
 class TestSlots:
     """How many jobs a worker had better have."""

@@ -195,12 +195,13 @@ class CloudflareEngine:
         Raises:
             UpstreamBusy: that takes longer than a job waits here.
         """
-        ends = min(time.monotonic() + PATIENCE, tries.ends)
+        began = time.monotonic()
+        patience = min(PATIENCE, tries.gives_up_at - began)
         try:
             # One at a time: whoever is first in line asks, so that all get their turns in the order in which they came.
-            async with asyncio.timeout(ends - time.monotonic()), self._line:
+            async with asyncio.timeout(patience), self._line:
                 await turn.take()
-                return self._accounts[await self._credential(tries, ends)]
+                return self._accounts[await self._credential(tries, min(began + patience, tries.ends))]
         except TimeoutError as exc:
             breaker = self._gate.breaker
             why = "fails call after call" if breaker.is_open else "takes no more calls for the moment"
@@ -272,11 +273,16 @@ class CloudflareEngine:
 
 
 class Tries:
-    """What is left to one job of its calls: ``accounts`` that may make them, until ``ends`` (monotonic clock)."""
+    """What is left to one job of its calls: ``accounts`` that may make them, until ``ends`` (monotonic clock).
+
+    What would be later than the job's deadline is not begun. The deadline itself is kept by whoever runs the job: a
+    wait or a call that ended here at that moment, too, would give the job another end, by chance.
+    """
 
     def __init__(self, accounts: Iterable[Credential], options: UpstreamOptions, deadline: float) -> None:
         self.accounts = dict.fromkeys(accounts)
-        self.ends = min(deadline, time.monotonic() + GIVE_UP)
+        self.gives_up_at = time.monotonic() + GIVE_UP
+        self.ends = min(deadline, self.gives_up_at)
         self._options = options
         self._calls = 0
 

@@ -83,7 +83,10 @@ class Exchange:
         await self._client.__aexit__(kind, error, trace)
 
     async def call(self, account: Account, body: bytes, seconds: float) -> Answer:
-        """Send ``body`` and wait for the whole answer, at most ``seconds``. Cancelling closes the connection.
+        """Send ``body`` and wait for the whole answer. Cancelling closes the connection.
+
+        ``seconds`` are left until the job's deadline, of which connecting may take half: who has not connected by then
+        has sent nothing, and that should show. The deadline itself is the caller's to keep.
 
         The call has a span of its own, which the upstream is told of.
 
@@ -92,16 +95,14 @@ class Exchange:
         """
         if seconds <= 0:
             raise NeverSent("the deadline has passed")
-        limit = min(seconds, ANSWER_SECONDS)
-        # Half of a short time: who ran out of it while connecting has sent nothing, and that should show.
-        timeout = httpx.Timeout(limit, connect=min(limit / 2, CONNECT_SECONDS))
+        timeout = httpx.Timeout(ANSWER_SECONDS, connect=min(seconds / 2, CONNECT_SECONDS))
         path = f"/accounts/{account.id}/ai/run/{MODEL}"
         try:
             # httpx's own limits are for one read each.
             with tracing.call_span(f"{self._base_url}{path}") as (span, headers):
                 headers["authorization"] = account.authorization
                 async with (
-                    asyncio.timeout(limit),
+                    asyncio.timeout(ANSWER_SECONDS),
                     self._client.stream("POST", path, content=body, headers=headers, timeout=timeout) as response,
                 ):
                     answer = Answer(response.status_code, dict(response.headers), await _read(response))

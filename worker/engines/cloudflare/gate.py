@@ -174,6 +174,7 @@ class Turn:
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
         self._began: float | None = None
+        self._ended = 0.0
         self._is_probe = False
         self._signal = Signal.GIVEN_UP
         self._work = 0.0
@@ -185,11 +186,10 @@ class Turn:
         gate = self._gate
         if self._began is None:
             return
-        now = gate.clock()
         if self._signal is Signal.DONE:
-            gate.limit.done(self._began, now, self._work, gate.running)
+            gate.limit.done(self._began, self._ended, self._work, gate.running)
         elif self._signal is Signal.OVERLOADED:
-            gate.limit.overloaded(self._began, now)
+            gate.limit.overloaded(self._began, self._ended)
         gate.breaker.ended(self._signal, probe=self._is_probe)
         gate.running -= 1
         gate.ring()
@@ -208,5 +208,9 @@ class Turn:
         self._began = self._gate.clock()
 
     def ended(self, signal: Signal, work: float = 0.0) -> None:
-        """How the call went; ``work`` is in steps of a picture of the native size."""
+        """How the call went that ends now; ``work`` is in steps of a picture of the native size.
+
+        What follows it, such as its place in the books, takes time that says nothing of the upstream.
+        """
+        self._ended = self._gate.clock()
         self._signal, self._work = signal, work
