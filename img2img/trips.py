@@ -1,6 +1,6 @@
 """Calls of one script that go to the server together: those that come while one trip is under way share the next.
 
-A call that comes alone goes at once; none waits for others to join it.
+A call that comes alone goes at once; none waits for others to join it, nor for longer than any call may take.
 """
 
 import asyncio
@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from img2img.errors import Unavailable
+from img2img.server import CALL_SECONDS, translated
 
 Arguments = Sequence[Any]
 MOST: Final = 64
@@ -22,16 +23,19 @@ class SharedTrips:
         self._under_way: asyncio.Task[None] | None = None
 
     async def call(self, *arguments: Any) -> Any:
-        """The script's answer. A caller that is cancelled leaves its call to be carried out.
+        """The script's answer. A caller that is cancelled takes its call back, unless that is under way already.
 
         Raises:
-            Unavailable: the server cannot be reached, or did not carry it out; it may have, if the trip failed.
+            Unavailable: the server cannot be reached within ``CALL_SECONDS``, the wait for the trip before included,
+                or did not carry it out; it may have, if the trip failed.
         """
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append((arguments, answer))
         if self._under_way is None:
             self._under_way = asyncio.create_task(self._travel(), name="shared-trips")
-        answered = await answer
+        with translated():
+            async with asyncio.timeout(CALL_SECONDS):
+                answered = await answer
         if isinstance(answered, Exception):
             raise answered
         return answered
@@ -39,8 +43,10 @@ class SharedTrips:
     async def _travel(self) -> None:
         try:
             while self._waiting:
-                batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
-                answers = await self._answers([arguments for arguments, _ in batch])
+                # Nobody is told any more of what those want who have gone meanwhile.
+                wanted = [call for call in self._waiting if not call[1].done()]
+                batch, self._waiting = wanted[:MOST], wanted[MOST:]
+                answers = await self._answers([arguments for arguments, _ in batch]) if batch else []
                 for (_, answer), answered in zip(batch, answers, strict=True):
                     if not answer.done():
                         answer.set_result(answered)

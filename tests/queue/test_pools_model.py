@@ -23,9 +23,10 @@ from img2img.jobs import Failure, JobState, OnLost, Outcome, PreviewPicture, Run
 from img2img.queue import JobQueue
 from img2img.queue_types import Candidate, Claim, Join, Lifetime, Share, Waiter, WorkerInfo
 from tests.queue.books import KEEP, Snapshot, age, end_day
-from tests.queue.calls import LEASE, spec
+from tests.queue.calls import spec
 
 STEPS: Final = 400
+LEASE: Final = 6.0
 LONGEST: Final = 300.0
 PRICES: Final = {"burst": 10, "rented": 7}
 CAPS: Final = {"burst": (30, 20), "rented": (14, 7)}

@@ -15,7 +15,8 @@ from img2img.jobs import Failure, JobState, Outcome, Running, Stage, StopReason
 from img2img.queue import JobQueue
 from img2img.queue_types import Join, Lifetime, Waiter, WorkerInfo
 from img2img.server import check_server, open_redis
-from tests.queue.calls import KEEP, LEASE, SUCCEEDED, claim_one, event_types, spec, submit
+from tests.queue.books import age
+from tests.queue.calls import KEEP, LEASE, SUCCEEDED, claim_one, event_types, lose, spec, submit
 
 
 async def test_a_job_goes_from_submit_to_success(queue: JobQueue) -> None:
@@ -53,8 +54,8 @@ async def test_submitting_the_same_id_twice_makes_one_job(queue: JobQueue) -> No
 async def test_an_expired_lease_gives_the_job_back_and_fences_its_holder(queue: JobQueue) -> None:
     """A worker that stopped for longer than its lease can write nothing any more."""
     job_id = await submit(queue)
-    stale = await claim_one(queue, lease=0.001)
-    await asyncio.sleep(0.01)
+    stale = await claim_one(queue)
+    await lose(queue, stale)
     fresh = await claim_one(queue, worker="w2")
     assert (fresh.id, fresh.attempt) == (job_id, 2)
     assert fresh.fence > stale.fence
@@ -71,8 +72,7 @@ async def test_a_job_whose_workers_all_die_fails(queue: JobQueue) -> None:
     """A job that its workers die of goes into quarantine."""
     job_id = await submit(queue)
     for _ in range(2):
-        await claim_one(queue, lease=0.001)
-        await asyncio.sleep(0.01)
+        await lose(queue, await claim_one(queue))
     assert await queue.claim("w3", 1, LEASE, "t") == ([], None)
     job = await queue.get(job_id)
     assert job.state == JobState.FAILED
@@ -95,7 +95,7 @@ async def test_members_without_a_record_are_swept_away(queue: JobQueue, redis: A
     """A record that expired before anybody swept leaves nothing that could stop the queue."""
     ended = [await submit(queue) for _ in range(3)]
     await queue.release(await claim_one(queue), Failure("engine_failed", "x"), "failures", delay=0.001)
-    await claim_one(queue, lease=0.001)
+    await lose(queue, await claim_one(queue))
     for job_id in ended:
         await redis.delete(f"{queue.prefix}job:{job_id}")
     await asyncio.sleep(0.01)
@@ -116,24 +116,25 @@ async def test_another_queues_gateway_can_cancel(queue: JobQueue, redis: ArqRedi
     assert (await queue.claim("w1", 1, LEASE, "t"))[0] == []
 
 
-async def test_joining_without_waiting_keeps_the_job(queue: JobQueue) -> None:
+async def test_joining_without_waiting_keeps_the_job(queue: JobQueue, redis: ArqRedis) -> None:
     """A job that somebody asked for without waiting goes on when the one who waited has left."""
     join, waiter = Join("key:acme:k", "idempotency", 60_000), Waiter("one", 60_000, 1)
     job_id = await submit(queue, join=join, waiter=waiter)
     assert await submit(queue, join=join) == job_id
     await queue.leave(job_id, waiter)
-    await asyncio.sleep(0.01)
+    await age(redis, 1000)
     await queue.sweep()
     assert (await queue.get(job_id)).state == JobState.QUEUED
 
 
-async def test_a_beat_keeps_the_lease(queue: JobQueue) -> None:
+async def test_a_beat_keeps_the_lease(queue: JobQueue, redis: ArqRedis) -> None:
     """A claim that is beaten for stays; one that is not held any more is told so."""
-    await submit(queue)
-    claim = await claim_one(queue, lease=0.2)
+    await submit(queue, seconds=600)
+    claim = await claim_one(queue)
     info = WorkerInfo("w1", 1, "fake", "fake", "cpu")
-    assert await queue.beat(info, [claim], lease=LEASE, ttl=LEASE) == {}
-    await asyncio.sleep(0.25)
+    for _ in range(2):
+        await age(redis, int(600 * LEASE))
+        assert await queue.beat(info, [claim], lease=LEASE, ttl=LEASE) == {}
     assert (await queue.claim("w2", 1, LEASE, "t"))[0] == []
     gone = msgspec.structs.replace(claim, fence=claim.fence + 1)
     assert await queue.beat(info, [gone], lease=LEASE, ttl=LEASE) == {gone.fence: StopReason.LEASE_LOST}
@@ -148,15 +149,15 @@ async def test_a_released_job_keeps_its_place(queue: JobQueue) -> None:
     assert (await claim_one(queue)).id == first
 
 
-async def test_a_failed_attempt_waits_for_its_delay(queue: JobQueue) -> None:
+async def test_a_failed_attempt_waits_for_its_delay(queue: JobQueue, redis: ArqRedis) -> None:
     """Back-off: the job is not handed out before it is due, and the worker is told when that is."""
-    job_id = await submit(queue)
-    await queue.release(await claim_one(queue), Failure("engine_failed", "x"), "failures", delay=0.05)
+    job_id = await submit(queue, seconds=600)
+    await queue.release(await claim_one(queue), Failure("engine_failed", "x"), "failures", delay=100)
     claims, due = await queue.claim("w1", 1, LEASE, "t")
     assert claims == []
     assert due is not None
-    assert due <= 0.05
-    await asyncio.sleep(0.06)
+    assert 0 < due <= 100
+    await age(redis, 100_000)
     assert (await claim_one(queue)).id == job_id
 
 
@@ -191,9 +192,9 @@ async def test_cancel_in_every_state(queue: JobQueue) -> None:
 async def test_a_canceled_job_is_not_run_again_when_its_worker_dies(queue: JobQueue) -> None:
     """The wish to stop survives the worker that was told."""
     job_id = await submit(queue)
-    await claim_one(queue, lease=0.001)
+    claim = await claim_one(queue)
     await queue.cancel(job_id)
-    await asyncio.sleep(0.01)
+    await lose(queue, claim)
     assert (await queue.claim("w2", 1, LEASE, "t"))[0] == []
     assert (await queue.get(job_id)).state == JobState.CANCELED
 
@@ -258,17 +259,17 @@ async def test_a_worker_that_is_paused_is_listed_and_one_that_drains_is_not(queu
         assert (await queue.stats()).workers == listed
 
 
-async def test_the_last_waiter_to_leave_starts_the_grace_period(queue: JobQueue) -> None:
+async def test_the_last_waiter_to_leave_starts_the_grace_period(queue: JobQueue, redis: ArqRedis) -> None:
     """With two waiters one may go; after the last, the job ends when its grace is over."""
     one, two = Waiter("one", 60_000, 20), Waiter("two", 60_000, 20)
     job_id = await submit(queue, waiter=one)
     await queue.wait_for(job_id, two)
     await queue.leave(job_id, one)
-    await asyncio.sleep(0.03)
+    await age(redis, 1000)
     await queue.sweep()
     assert (await queue.get(job_id)).state == JobState.QUEUED
     await queue.leave(job_id, two)
-    await asyncio.sleep(0.03)
+    await age(redis, 1000)
     await queue.sweep()
     job = await queue.get(job_id)
     assert (job.state, job.stop_requested) == (JobState.CANCELED, StopReason.DISCONNECT)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from img2img import trips as module
 from img2img.errors import Unavailable
 from img2img.trips import SharedTrips
 
@@ -15,10 +16,12 @@ class Server:
 
     def __init__(self) -> None:
         self.trips: list[list[Any]] = []
+        self.begun = asyncio.Event()
         self.open = asyncio.Event()
 
     async def send(self, calls: Sequence[Sequence[Any]]) -> list[Any]:
         self.trips.append([number for (number,) in calls])
+        self.begun.set()
         await self.open.wait()
         return [Unavailable("no") if number < 0 else 10 // number * 2 for (number,) in calls]
 
@@ -63,3 +66,34 @@ async def test_a_caller_that_has_gone_holds_nobody_up() -> None:
     assert await stays == 10
     with pytest.raises(asyncio.CancelledError):
         await gone
+
+
+async def test_a_call_whose_trip_did_not_begin_goes_with_its_caller() -> None:
+    """Nobody would be told of what it did, not even who undoes what may have been done."""
+    server = Server()
+    trips = SharedTrips(server.send)
+    stays = asyncio.create_task(trips.call(1))
+    await server.begun.wait()
+    gone = asyncio.create_task(trips.call(2))
+    await asyncio.sleep(0)
+    gone.cancel()
+    server.open.set()
+    assert await asyncio.gather(stays, trips.call(5)) == [20, 4]
+    assert server.trips == [[1], [5]]
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+
+
+async def test_nobody_waits_longer_than_a_call_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a trip that does not end, calls end all the same, and what they wanted is not done long after."""
+    monkeypatch.setattr(module, "CALL_SECONDS", 0.05)
+    server = Server()
+    trips = SharedTrips(server.send)
+    first = asyncio.create_task(trips.call(1))
+    await server.begun.wait()
+    answers = await asyncio.gather(first, *(trips.call(2) for _ in range(2 * module.MOST)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {Unavailable}
+    monkeypatch.undo()
+    server.open.set()
+    assert await trips.call(5) == 4
+    assert server.trips == [[1], [5]]
