@@ -144,19 +144,11 @@ class JobQueue:
         self, account: str, *, state: JobState | None = None, cursor: str | None = None, limit: int = 20
     ) -> Page:
         """The account's jobs, newest first; looks at a bounded number of jobs, so a page can be short."""
-        index, start = f"{self.prefix}account:{account}", 0
         found: list[Job] = []
-        ids: list[str] = []
-        with translated():
-            rank = None if cursor is None else await self.redis.zrevrank(index, cursor)
-        if cursor is not None:
-            if rank is None:  # trimmed since: everything after it has gone before it
-                return Page((), None)
-            start = rank + 1
         step = limit if state is None else max(limit, LIST_STEP)  # of one state there may be few
-        for offset in range(start, start + LIST_SCAN, step):
-            with translated():
-                ids = [raw.decode() for raw in await self.redis.zrevrange(index, offset, offset + step - 1)]
+        for _ in range(0, LIST_SCAN, step):
+            # From the last job on, not from a place: new jobs move those that there are on to the next one.
+            ids = [raw.decode() for raw in await self._scripts.run("page", account, cursor or "", step)]
             for job in await self._load(ids):
                 if state is None or job.state == state:
                     found.append(job)
@@ -164,7 +156,8 @@ class JobQueue:
                         return Page(tuple(found), job.id)
             if len(ids) < step:
                 return Page(tuple(found), None)
-        return Page(tuple(found), ids[-1])
+            cursor = ids[-1]
+        return Page(tuple(found), cursor)
 
     async def claim(
         self, worker: str, count: int, lease: float, token: str, *, engine: str = "", held: Sequence[Claim] = ()

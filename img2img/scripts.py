@@ -15,7 +15,7 @@ from img2img.trips import SharedTrips
 
 SCRIPTS: Final = (
     "submit", "claim", "beat", "report", "checkpoint", "preview", "sent", "finish", "release", "cancel", "replay",
-    "look", "wait", "leave", "sweep", "sign_off", "stats",
+    "page", "look", "wait", "leave", "sweep", "sign_off", "stats",
 )  # fmt: skip
 SHARING: Final = ("submit", "finish")
 """Those of them of which many are under way at once."""

@@ -1,6 +1,7 @@
 """From the client's values to protobuf messages and back: all that the two clients share about the wire."""
 
 import hashlib
+import time
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -32,6 +33,8 @@ FIRST_PAUSE: Final = 0.2
 LONGEST_PAUSE: Final = 5.0
 FIRST_TRIES: Final = 4
 RESUME_TRIES: Final = 8
+LASTED: Final = 45.0
+"""Seconds after which a stream that breaks off had been one: a connection that cannot be made fails sooner."""
 PLAIN_OPTIONS: Final = (
     "priority", "deadline_seconds", "output_quality", "reject_if_busy", "reproducible", "previews", "model",
 )  # fmt: skip
@@ -254,8 +257,10 @@ class Progress:
         self._terminal = False
         self._failures = 0
         self._tries = FIRST_TRIES
+        self._asked_at = 0.0
 
     def request(self, job_id: str) -> pb.WatchJobRequest:
+        self._asked_at = time.monotonic()
         return pb.WatchJobRequest(id=job_id, after=self.after)
 
     def take(self, message: pb.WatchJobResponse) -> Event:
@@ -275,7 +280,8 @@ class Progress:
         if self.ended:
             return 0.0
         error = error or ClientError("unavailable", "The service closed the event stream before the job's end")
-        self._failures += 1
+        # A job may be silent for hours, and proxies end silent streams: what ended a good one is no failure to resume.
+        self._failures = 1 if time.monotonic() - self._asked_at >= LASTED else self._failures + 1
         if error.code not in RESUMED or self._failures >= self._tries:
             raise error
         return float(min(FIRST_PAUSE * 2 ** (self._failures - 1), LONGEST_PAUSE))

@@ -11,6 +11,7 @@ LAST_NEEDED: Final = {
     "upstream_admit": "_keys",
     "upstream_settle": "_keys",
     "stats": "_service",
+    "page": "_keys",
     "look": "_estimate",
     "checkpoint": "_job",
     "preview": "_job",

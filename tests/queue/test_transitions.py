@@ -283,25 +283,6 @@ async def test_a_job_without_waiters_needs_none(queue: JobQueue) -> None:
     assert (await queue.get(job_id)).state == JobState.QUEUED
 
 
-async def test_pages_of_an_account(queue: JobQueue) -> None:
-    """Newest first, without gaps or doubles over pages; other accounts' jobs are not there."""
-    mine = [await submit(queue) for _ in range(5)]
-    await queue.submit(spec(queue, account="other"), Lifetime(60, KEEP))
-    await queue.cancel(mine[1])
-    seen: list[str] = []
-    cursor = None
-    while True:
-        page = await queue.list_jobs("acme", cursor=cursor, limit=2)
-        seen += [job.id for job in page.jobs]
-        if (cursor := page.next) is None:
-            break
-    assert seen == mine[::-1]
-    only = await queue.list_jobs("acme", state=JobState.CANCELED, limit=2)
-    assert [job.id for job in only.jobs] == [mine[1]]
-    with pytest.raises(JobNotFound):
-        await queue.get(mine[0], account="other")
-
-
 async def test_arq_answers_for_our_jobs(queue: JobQueue, redis: ArqRedis) -> None:
     """``arq.jobs.Job`` knows status, definition and result, in JSON instead of pickle."""
     job_id = await submit(queue)

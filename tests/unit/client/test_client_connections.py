@@ -1,8 +1,10 @@
 """Connections of both clients: what breaks, what is resumed, who is trusted."""
 
 import asyncio
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -22,6 +24,7 @@ from img2img.client import (
     Event,
     Failure,
 )
+from img2img.client.messages import LASTED, LONGEST_PAUSE, RESUME_TRIES, Progress
 from img2img.v1 import img2img_pb2 as pb
 from img2img.v1 import img2img_pb2_grpc
 
@@ -60,6 +63,23 @@ async def test_a_replayed_jobs_log_goes_on(call: Caller, servicer: Servicer) -> 
     events: list[Event] = await call("watch", "0-1", after=1)
     assert [(event.sequence, event.replays) for event in events] == [(2, None), (3, 1), (4, None)]
     assert [request.after for request in servicer.asked] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(("seconds", "tries"), [(LASTED, None), (LASTED - 1, RESUME_TRIES)])
+def test_only_tries_in_a_row_are_counted(monkeypatch: pytest.MonkeyPatch, seconds: float, tries: int | None) -> None:
+    """A proxy may end a silent stream once a minute, for as long as its job waits; a dead service is given up."""
+    now = 1000.0
+    monkeypatch.setattr("img2img.client.messages.time", SimpleNamespace(monotonic=lambda: now))
+    progress, broken = Progress(0), ClientError("unavailable", "gone")
+    progress.take(happened(1))
+    paused = 0
+    with pytest.raises(ClientError) if tries else nullcontext():
+        for _ in range(100):
+            progress.request("0-1")
+            now += seconds
+            assert progress.pause(broken) <= LONGEST_PAUSE
+            paused += 1
+    assert paused == (tries - 1 if tries else 100)
 
 
 async def test_watch_does_not_insist(call: Caller, servicer: Servicer) -> None:
