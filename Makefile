@@ -103,7 +103,7 @@ $(VENV)/.test: $(VENV)/.run helm/binaries.txt
 	@echo "Installing what development and tests need"
 	@$(PIP) -c requirements.lock -e '.[dev]'
 	@for version in $(SDKS); do \
-		$(PIP) --upgrade --target $(VENV)/sdk/cloudflare-$$version cloudflare==$$version; done
+		$(PIP) -c requirements.lock --upgrade --target $(VENV)/sdk/cloudflare-$$version cloudflare==$$version; done
 	@$(BIN)/python helm/binaries.py $(VENV)/helm
 	@$(PYTHON) -m venv $(VENV)/checkov
 	@$(VENV)/checkov/bin/pip install --quiet --disable-pip-version-check '$(CHECKOV)'

@@ -177,6 +177,8 @@ class Ours:
         draw = random.Random(0)
         took = [await self._stop_one(jobs[number % len(jobs)], draw) for number in range(count)]
         for other in others:
+            if other.done():
+                other.result()  # what it failed of: it kept nothing busy
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         return took

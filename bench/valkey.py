@@ -1,7 +1,6 @@
 """A Valkey server for one measurement, and a count of the commands that it gets."""
 
 import asyncio
-import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +11,7 @@ from typing import Final
 from redis.asyncio import Redis
 
 from img2img.embedded import EmbeddedValkey
+from tests.valkey import free_port
 
 CACHE: Final = Path(__file__).resolve().parents[1] / ".cache" / "bench"
 """On the same disk as the checkout: what a sync costs counts, and a temporary folder may lie in memory."""
@@ -22,7 +22,7 @@ async def fresh_server(appendfsync: str) -> AsyncIterator[str]:
     """An empty server with an append-only file, synced ``always`` or ``everysec``; yields its URL (TCP, loopback)."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="data-") as folder:
-        async with EmbeddedValkey(Path(folder), port=_free_port()) as server:
+        async with EmbeddedValkey(Path(folder), port=free_port()) as server:
             url = f"redis://127.0.0.1:{server.port}/0"
             async with Redis.from_url(url) as redis:
                 await redis.config_set("appendfsync", appendfsync)
@@ -41,10 +41,3 @@ async def commands_per_second(url: str, seconds: float) -> float:
                 break
             count += command["client_type"] != "lua"
     return count / seconds
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

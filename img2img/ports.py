@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -11,6 +12,14 @@ from img2img.errors import ConfigurationError
 
 PATIENCE: Final = 1.0
 PAUSE: Final = 0.05
+FIRST: Final = 10_000
+BELOW: Final = 32_768
+"""From here on systems give ports to whoever asks for any, connections among them."""
+
+
+def any_port() -> int:
+    """A port that nobody is given by chance: a free one stays so until the process that needs it is up, or up again."""
+    return FIRST + secrets.randbelow(BELOW - FIRST)
 
 
 async def free_ports(host: str, wanted: Mapping[str, int]) -> list[int]:
@@ -31,7 +40,7 @@ async def _reserve(sockets: contextlib.ExitStack, host: str, port: int, option: 
     deadline = time.monotonic() + PATIENCE  # a gateway that was just killed needs a moment to go
     while True:
         try:
-            holder.bind((host, port))
+            holder.bind((host, port or any_port()))
             holder.listen()
         except OSError as exc:
             if time.monotonic() > deadline:

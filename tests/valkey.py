@@ -76,7 +76,7 @@ class ValkeyServer:
             self._process = subprocess.Popen(command, cwd=self._folder, stdout=log, stderr=log)
 
     def wait_up(self) -> None:
-        eventually(self._answers, f"a server on {self.port}")
+        eventually(self._answers, f"a server on {self.port}, see {self._folder}/server.log")
 
     def kill(self) -> None:
         if self._process is not None:
@@ -84,8 +84,9 @@ class ValkeyServer:
             self._process.wait()
 
     def _answers(self) -> bool:
+        """This server, and not another one that was given the port."""
         with self.client() as client:
             try:
-                return bool(client.ping())
+                return client.info("server")["process_id"] == self.pid
             except redis.RedisError:
                 return False

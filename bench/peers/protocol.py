@@ -52,8 +52,8 @@ class Notes:
         return list(itertools.takewhile(bool, self._view))
 
     def wait_for(self, jobs: int) -> None:
-        """Return once that many jobs have begun."""
-        while not self._view[jobs - 1]:
+        """Return once that many jobs have begun: a thread may write its note after those with later numbers."""
+        while not (self._view[jobs - 1] and all(self._view[:jobs])):
             time.sleep(0.001)
 
 

@@ -27,7 +27,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
 def exposed(running: tuple[str, str]) -> dict[str, Series]:
     """Every series of both, by name."""
     found: dict[str, Series] = {}
-    with httpx.Client(trust_env=False, headers=OPENMETRICS) as client:
+    with httpx.Client(trust_env=False, timeout=60, headers=OPENMETRICS) as client:
         for address in running:
             found |= scraped(client.get(f"{address}/metrics").text)
     return found

@@ -124,7 +124,13 @@ async def collect(outputs: AsyncIterator[Output]) -> list[Output]:
     return [output async for output in outputs]
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def come_round() -> None:
+    """Let the event loop do what it can do now."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what changes has no event to wait for
             await asyncio.sleep(0.005)

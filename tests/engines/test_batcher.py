@@ -178,8 +178,9 @@ def test_a_prepared_device_gets_passes_of_prepared_sizes(jobs, rows):
     assert picked(batcher).rows == rows
 
 
-def test_a_pass_that_did_not_fit_into_memory_is_halved_until_one_is_left():
-    batcher = batcher_of(*(Entry(SMALL, 2, 5) for _ in range(4)))
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_pass_that_did_not_fit_into_memory_is_halved_until_one_is_left(rows):
+    batcher = batcher_of(*(Entry(SMALL, rows, 5) for _ in range(4)))
 
     sizes = []
     batch = picked(batcher)
@@ -188,6 +189,21 @@ def test_a_pass_that_did_not_fit_into_memory_is_halved_until_one_is_left():
         sizes.append(len(batch.entries))
 
     assert sizes == [2, 1]
+
+
+def test_a_guided_job_goes_alone_where_memory_suffices_for_one_row_only():
+    """It may fail then, but in its turn: narrow jobs that come all the time do not pass it by."""
+    narrow = [Entry(SMALL, 1, 5) for _ in range(2)]
+    batcher = batcher_of(*narrow)
+    assert batcher.shrink(picked(batcher))
+    wide, later = Entry(SMALL, 2, 5), Entry(SMALL, 1, 5)
+    for entry in (wide, later):
+        batcher.add(entry)
+    for entry in narrow:
+        assert picked(batcher).entries == (entry,)
+        batcher.remove(entry)
+
+    assert picked(batcher).entries == (wide,)
 
 
 def test_steps_left_are_counted():

@@ -2,11 +2,11 @@
 
 import asyncio
 import threading
-from contextlib import aclosing
+from collections.abc import Iterator
 
 import pytest
 import torch
-from engine_helpers import collect, task_of, until
+from engine_helpers import collect, come_round, task_of, until
 
 from img2img.errors import ConfigurationError, EngineFailed
 from img2img.jobs import Stage
@@ -24,18 +24,32 @@ async def opened(tiny_4_channel_folder):
         yield diffusion
 
 
+class Forwards:
+    """UNet forwards: the name of the thread of each that has begun. While they are not ``free`` they do not end."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+        self.free = threading.Event()
+        self.free.set()
+
+    async def first_held(self) -> None:
+        """Wait until a forward has begun, which does not end."""
+        await until(lambda: len(self.threads) == 1)
+        assert not self.free.is_set()
+
+
 @pytest.fixture
-def forwards(monkeypatch) -> list[str]:
-    """The name of the thread of every UNet forward."""
-    threads: list[str] = []
-    predict_noise = DiffusionModel.predict_noise
+def forwards(monkeypatch) -> Iterator[Forwards]:
+    found, predict_noise = Forwards(), DiffusionModel.predict_noise
 
     def record(*args):
-        threads.append(threading.current_thread().name)
+        found.threads.append(threading.current_thread().name)
+        assert found.free.wait(120)
         return predict_noise(*args)
 
     monkeypatch.setattr(DiffusionModel, "predict_noise", record)
-    return threads
+    yield found
+    found.free.set()
 
 
 async def test_a_picture_from_the_bundled_model(dog):
@@ -60,7 +74,7 @@ async def test_the_model_runs_in_one_thread_of_its_own(opened, forwards):
 
     await asyncio.gather(*tasks)
 
-    assert set(forwards) == {"diffusion-cpu_0"}
+    assert set(forwards.threads) == {"diffusion-cpu_0"}
 
 
 async def test_the_event_loop_stays_free(opened, monkeypatch):
@@ -80,17 +94,22 @@ async def test_the_event_loop_stays_free(opened, monkeypatch):
     assert came_round == [True] * 4
 
 
-async def test_aclose_stops_within_one_step(opened, forwards):
-    async with aclosing(opened.generate(task_of(**LONG), Pictures())) as outputs:
-        async for item in outputs:
-            if item == Progress(Stage.STEPS, 3, 500):
-                break
-        before = len(forwards)
-    after = len(forwards)
-    await asyncio.sleep(0.1)
+async def test_aclose_stops_after_the_step_in_progress(opened, forwards):
+    forwards.free.clear()
+    outputs = opened.generate(task_of(**LONG), Pictures())
+    async for item in outputs:
+        if item == Progress(Stage.STEPS, 0, 500):
+            break
+    await forwards.first_held()
 
-    assert after - before <= 2
-    assert len(forwards) == after
+    closing = asyncio.create_task(outputs.aclose())
+    await come_round()
+    assert not closing.done()
+    forwards.free.set()
+    await closing
+    await collect(opened.generate(task_of(num_steps=4, width=64, height=64), Pictures()))
+
+    assert len(forwards.threads) == 1 + 4
 
 
 async def test_aclose_before_the_first_item_and_twice(opened, forwards):
@@ -98,42 +117,59 @@ async def test_aclose_before_the_first_item_and_twice(opened, forwards):
     await outputs.aclose()
     await outputs.aclose()
 
-    assert forwards == []
+    assert forwards.threads == []
 
 
 async def test_cancelling_the_consumer_waits_until_the_thread_has_stopped(opened, forwards):
+    """However often it is cancelled."""
+    forwards.free.clear()
     consumer = asyncio.create_task(collect(opened.generate(task_of(**LONG), Pictures())))
-    await until(lambda: len(forwards) > 2)
+    await forwards.first_held()
 
-    consumer.cancel()
+    for _ in range(2):
+        consumer.cancel()
+        await come_round()
+        assert not consumer.done()
+    forwards.free.set()
     with pytest.raises(asyncio.CancelledError):
         await consumer
-    after = len(forwards)
-    await asyncio.sleep(0.1)
 
-    assert len(forwards) == after
+    assert len(forwards.threads) == 1
 
 
-async def test_a_task_cancelled_while_it_waits_never_starts(opened, forwards):
+async def test_a_task_cancelled_while_it_waits_never_starts(opened, forwards, monkeypatch):
+    prompts: list[str] = []
+    encode_text = DiffusionModel.encode_text
+
+    def record(model, text):
+        prompts.append(text)
+        return encode_text(model, text)
+
+    monkeypatch.setattr(DiffusionModel, "encode_text", record)
+    forwards.free.clear()
     first = asyncio.create_task(collect(opened.generate(task_of(**LONG), Pictures())))
-    await until(lambda: len(forwards) > 0)
+    await forwards.first_held()
     second = asyncio.create_task(collect(opened.generate(task_of(**LONG, prompt="second"), Pictures())))
-    await asyncio.sleep(0.01)
+    await come_round()
 
     second.cancel()
+    await come_round()
+    forwards.free.set()
     with pytest.raises(asyncio.CancelledError):
-        async with asyncio.timeout(1):
-            await second
-
-    assert not first.done()
+        await second
     first.cancel()
     await asyncio.wait([first])
 
+    assert first.cancelled()
+    assert "second" not in prompts
+
 
 async def test_the_next_task_runs_after_one_was_cancelled(opened, forwards):
+    forwards.free.clear()
     cancelled = asyncio.create_task(collect(opened.generate(task_of(**LONG), Pictures())))
-    await until(lambda: len(forwards) > 0)
+    await forwards.first_held()
     cancelled.cancel()
+    forwards.free.set()
     await asyncio.wait([cancelled])
 
     outputs = await collect(opened.generate(task_of(width=64, height=64), Pictures()))
@@ -151,18 +187,21 @@ async def test_errors_of_the_thread_arrive_at_the_consumer(opened, monkeypatch):
         await collect(opened.generate(task_of(), Pictures()))
 
 
-async def test_closing_the_engine_ends_what_still_runs(tiny_4_channel_folder, forwards):
-    async with DiffusionEngine(str(tiny_4_channel_folder), "cpu") as diffusion:
-        forwards.clear()  # the warm-up's
-        consumer = asyncio.create_task(collect(diffusion.generate(task_of(**LONG), Pictures())))
-        await until(lambda: len(forwards) > 0)
+async def test_closing_the_engine_ends_what_still_runs(opened, forwards):
+    forwards.free.clear()
+    consumer = asyncio.create_task(collect(opened.generate(task_of(**LONG), Pictures())))
+    await forwards.first_held()
+    closing = asyncio.create_task(opened.__aexit__(None, None, None))
+    await come_round()
+    forwards.free.set()
+    await closing
 
-    assert len(forwards) < LONG["num_steps"]
+    assert len(forwards.threads) == 1
     with pytest.raises(EngineFailed, match="closed its engine"):
         await consumer
 
 
-async def test_tasks_that_come_together_share_passes(tiny_4_channel_folder, monkeypatch):
+async def test_tasks_that_come_together_share_passes(tiny_4_channel_folder, forwards, monkeypatch):
     rows: list[int] = []
     predict_noise = DiffusionModel.predict_noise
 
@@ -172,8 +211,13 @@ async def test_tasks_that_come_together_share_passes(tiny_4_channel_folder, monk
 
     async with DiffusionEngine(str(tiny_4_channel_folder), "cpu", EngineOptions(max_rows=8)) as diffusion:
         monkeypatch.setattr(DiffusionModel, "predict_noise", record)
+        forwards.threads.clear()  # the warm-up's
+        forwards.free.clear()
         tasks = [task_of(width=64, height=64, num_steps=50, seed=seed) for seed in range(4)]
-        await asyncio.gather(*(collect(diffusion.generate(task, Pictures())) for task in tasks))
+        made = asyncio.gather(*(collect(diffusion.generate(task, Pictures())) for task in tasks))
+        await forwards.first_held()  # the others are there before its end
+        forwards.free.set()
+        await made
 
     assert max(rows) == 8
     assert sum(rows) == 4 * 50 * 2
@@ -191,8 +235,7 @@ async def test_a_device_that_fails_for_good_breaks_the_engine(tiny_4_channel_fol
         monkeypatch.setattr(DiffusionModel, "works", lambda _: False)
         with pytest.raises(EngineFailed, match="device or its driver failed"):
             await collect(diffusion.generate(task_of(width=64, height=64), Pictures()))
-        async with asyncio.timeout(5):
-            await diffusion.broken()
+        await diffusion.broken()
         with pytest.raises(EngineFailed, match="device or its driver failed"):
             await collect(diffusion.generate(task_of(**LONG), Pictures()))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from worker.engines.diffusion.graphs import HOT, Graphed
+from worker.engines.diffusion.graphs import CAPTURING, HOT, Graphed, free_memory
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures it")
@@ -21,3 +21,12 @@ def test_a_shape_that_cannot_be_captured_runs_as_it_is() -> None:
 
     assert all(torch.equal(result, forward(*inputs)) for result in results)
     assert [(line["event"], line["rows"], line["size"]) for line in lines] == [("graph_not_captured", 2, (8, 8))]
+
+
+def test_memory_is_freed_while_no_other_thread_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch fails it else, and a device that was only full would count as broken."""
+    capturing_elsewhere: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: capturing_elsewhere.append(not CAPTURING.locked()))
+    free_memory()
+
+    assert capturing_elsewhere == [False]

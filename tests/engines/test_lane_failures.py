@@ -1,10 +1,12 @@
 """A lane whose tasks fail, do not fit, or are stopped: each alone, and each is told why."""
 
 import asyncio
+import itertools
 
 import pytest
 import torch
 from engine_helpers import furthest, lane_of, solo, submit, task_of, work_until_ended
+from PIL import Image
 from structlog.contextvars import bound_contextvars, merge_contextvars
 from structlog.testing import capture_logs
 
@@ -12,8 +14,10 @@ from img2img.errors import EngineFailed
 from img2img.jobs import Stage
 from worker.engines import base
 from worker.engines.base import Pictures, Progress
+from worker.engines.diffusion.inpainting import Blend
 from worker.engines.diffusion.lane import Intervals
 from worker.engines.diffusion.model import DiffusionModel
+from worker.engines.diffusion.samplers import Step
 
 SMALL = {"width": 64, "height": 64}
 
@@ -96,6 +100,31 @@ def test_out_of_memory_makes_passes_smaller_and_fails_nobody(
 
     assert [one.error for one in ordered] == [None] * 4
     assert sum(count > 3 for count in rows) <= 2
+
+
+def test_memory_that_gives_out_after_a_pass_takes_no_step_twice(
+    tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the pass gave the first is its last step's: there is none after it, and the second has not got its own."""
+    task = task_of(**SMALL, num_steps=1, strength=1.0)
+    masked = Pictures(Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 255))
+    expected = solo(tiny, task, masked).picture
+    apply, calls = Blend.apply, itertools.count(1)
+
+    def fill(self: Blend, latents: torch.Tensor, step: Step) -> torch.Tensor:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return apply(self, latents, step)
+
+    monkeypatch.setattr(Blend, "apply", fill)
+    lane = lane_of(tiny)
+    lane._pass_seconds = 60.0  # both are ready for the first pass
+    ordered = [submit(lane, task, masked) for _ in range(2)]
+    work_until_ended(lane, *ordered)
+
+    assert next(calls) == 5
+    for one in ordered:
+        assert furthest(one.image.picture, expected) <= 1
 
 
 def test_a_task_that_does_not_fit_alone_fails_and_says_what_to_do(

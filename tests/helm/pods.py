@@ -58,10 +58,10 @@ class Pod:
         action = self.container[probe]
         if "grpc" in action:
             with grpc.insecure_channel(f"127.0.0.1:{self.ports['grpc']}") as channel:
-                answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+                answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
         path, port = action["httpGet"]["path"], self.ports[action["httpGet"]["port"]]
-        return httpx.get(f"http://127.0.0.1:{port}{path}", trust_env=False, timeout=10).is_success
+        return httpx.get(f"http://127.0.0.1:{port}{path}", trust_env=False, timeout=60).is_success
 
 
 def mount(rendered: Rendered, files: Path) -> None:

@@ -15,6 +15,8 @@ from gateway.rpc.externalscaler.externalscaler_pb2_grpc import ExternalScalerStu
 from tests.helm.pods import KEY, OPERATORS_KEY, Pod, mount
 from tests.helm.rendering import MINIMAL, Rendered, render
 
+SECONDS: Final = 60.0
+"""For one call: a busy machine may take its time."""
 FROM_ZERO: Final = {"mode": "keda", "minReplicas": 0, "maxReplicas": 4, "targetSeconds": 40}
 VALUES: Final = MINIMAL | {
     "scaler": {"serverSecret": "server", "clientSecret": "client", "operatorSecret": "operator"},
@@ -45,21 +47,17 @@ def gateway(
     pod = Pod(spec["containers"][0], files, valkey_url)
     try:
         for options in ({}, {"model": "polled"}):
-            answer = httpx.post(
-                f"{_http(pod)}/v1/jobs", json={"prompt": "a", "options": options}, headers=_key(KEY), trust_env=False
-            )
+            with _client(pod, KEY) as client:
+                answer = client.post("/v1/jobs", json={"prompt": "a", "options": options})
             assert answer.status_code == 202, answer.text
         yield pod
     finally:
         pod.process.close()
 
 
-def _http(pod: Pod) -> str:
-    return f"http://127.0.0.1:{pod.ports['http']}"
-
-
-def _key(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
+def _client(pod: Pod, key: str) -> httpx.Client:
+    address, headers = f"http://127.0.0.1:{pod.ports['http']}", {"Authorization": f"Bearer {key}"}
+    return httpx.Client(base_url=address, headers=headers, trust_env=False, timeout=SECONDS)
 
 
 def _trigger(rendered: Rendered, pool: str) -> dict[str, Any]:
@@ -78,11 +76,11 @@ def test_a_pool_at_zero_is_active_over_mutual_tls(
     )
     with grpc.secure_channel(f"127.0.0.1:{gateway.ports['scaler']}", trusted) as channel:
         scaler = ExternalScalerStub(channel)
-        assert scaler.IsActive(reference, timeout=10).result
-        [spec] = scaler.GetMetricSpec(reference, timeout=10).metricSpecs
+        assert scaler.IsActive(reference, timeout=SECONDS).result
+        [spec] = scaler.GetMetricSpec(reference, timeout=SECONDS).metricSpecs
         assert spec.targetSizeFloat == 40
         asked = GetMetricsRequest(scaledObjectRef=reference, metricName=spec.metricName)
-        [value] = scaler.GetMetrics(asked, timeout=10).metricValues
+        [value] = scaler.GetMetrics(asked, timeout=SECONDS).metricValues
         assert value.metricValueFloat > 0
 
 
@@ -90,8 +88,10 @@ def test_a_pool_at_zero_has_a_demand_that_can_be_polled(rendered: Rendered, gate
     """By the path and the field that the trigger names, with the operator's key, and with no other."""
     metadata = _trigger(rendered, "polled")["metadata"]
     url = urlsplit(metadata["url"])
-    address = f"{_http(gateway)}{url.path}?{url.query}"
-    answer = httpx.get(address, headers=_key(OPERATORS_KEY), trust_env=False)
+    address = f"{url.path}?{url.query}"
+    with _client(gateway, OPERATORS_KEY) as client:
+        answer = client.get(address)
     assert answer.status_code == 200, answer.text
     assert answer.json()[metadata["valueLocation"]] > float(metadata["activationTargetValue"])
-    assert httpx.get(address, headers=_key(KEY), trust_env=False).status_code == 403
+    with _client(gateway, KEY) as client:
+        assert client.get(address).status_code == 403

@@ -123,7 +123,7 @@ class Terminal:
 
         return eventually(look, f"one {kind} in {self.processes()}")[0]
 
-    def all_gone(self, seconds: float = 10.0) -> None:
+    def all_gone(self, seconds: float = 60.0) -> None:
         """Wait until no process of the command is left."""
         eventually(lambda: not self.processes(), f"processes left: {self.processes()}", seconds)
 

@@ -47,7 +47,7 @@ def test_what_is_printed_is_there(up: Up) -> None:
     """The documentation's URL answers, and the children's lines carry their names."""
     found = re.search(r"API docs +(\S+)", up.text)
     assert found, up.text
-    assert httpx.get(found[1], trust_env=False, follow_redirects=True).status_code == 200
+    assert httpx.get(found[1], trust_env=False, timeout=60, follow_redirects=True).status_code == 200
     assert re.search(r"^gateway \| .*gateway_ready", up.text, re.MULTILINE), up.text
     assert re.search(r"^worker  \| .*worker_ready", up.text, re.MULTILINE), up.text
 
@@ -56,7 +56,7 @@ def test_the_worker_shows_its_metrics(up: Up) -> None:
     """On a free port, which its log names: several workers are on this machine."""
     found = re.search(r"^worker  \| .*metrics_ready.* port=(\d+)", up.text, re.MULTILINE)
     assert found, up.text
-    answer = httpx.get(f"http://127.0.0.1:{found[1]}/metrics", trust_env=False)
+    answer = httpx.get(f"http://127.0.0.1:{found[1]}/metrics", trust_env=False, timeout=60)
     assert "img2img_worker_slots" in answer.text
 
 
@@ -158,7 +158,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
         up.shows("Waiting for worker to stop")
         assert up.child("worker")
         up.press_ctrl_c()
-        assert up.wait(10) == 0
+        assert up.wait() == 0
         up.all_gone()
 
 
@@ -202,7 +202,8 @@ def test_the_demo(tmp_path: Path) -> None:
 
 def test_a_demo_that_is_interrupted_has_failed(tmp_path: Path) -> None:
     """Whoever runs it in a script is told that there is no picture."""
-    with Terminal("demo", "--engine", "fake", "--output", str(tmp_path / "lion.png")) as demo:
+    words = ("demo", "--engine", "fake", "--output", str(tmp_path / "lion.png"))
+    with Terminal(*words, IMG2IMG_FAKE_STEP_SECONDS="60") as demo:
         demo.shows("Waiting for the gateway")
         demo.press_ctrl_c()
         assert demo.wait() == 130, demo.text

@@ -130,7 +130,7 @@ class Batcher:
         """Memory did not suffice: allow half of its rows from now on; False when their number cannot be less."""
         if failed.entries[0].reproducible or len(failed.entries) == 1:
             return False
-        self._caps[failed.size] = max(failed.filled // 2, GUIDED_ROWS)
+        self._caps[failed.size] = failed.filled // 2
         return True
 
     def _pressed(self, now: float) -> Turn | None:
@@ -171,7 +171,9 @@ class Batcher:
         return self._seconds[nearest] * pixels / (nearest[0] * nearest[1])
 
     def _usual(self, turn: Turn) -> Pass:
-        entries = _fitting(self._queues[turn].entries, self.cap(turn.size))
+        waiting = self._queues[turn].entries
+        # The first takes part, also where memory was too small for so many rows as a guided job has.
+        entries = _fitting(waiting, max(self.cap(turn.size), waiting[0].rows))
         rows = sum(entry.rows for entry in entries)
         padded = next((bucket for bucket in BUCKETS if bucket >= rows), rows) if self._limits.padded else None
         return Pass(turn.size, tuple(entries), padded)

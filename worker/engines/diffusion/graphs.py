@@ -19,9 +19,15 @@ MOST: Final = 32
 WARM_UPS: Final = 3
 """Passes before a capture, in which libraries choose their algorithms; as PyTorch's documentation asks for."""
 CAPTURING: Final = threading.Lock()
-"""A capture begins by freeing memory on every device: not while another thread captures on its own."""
+"""Freeing memory, with which a capture begins, is done on every device: torch refuses it while another one captures."""
 
 log = structlog.get_logger(__name__)
+
+
+def free_memory() -> None:
+    """Give back what torch keeps of the devices' memory and does not use, once no other thread captures a graph."""
+    with CAPTURING:
+        torch.cuda.empty_cache()
 
 
 class Graphed:

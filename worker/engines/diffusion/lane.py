@@ -27,6 +27,7 @@ from img2img.jobs import Stage
 from worker.engines.base import Checkpoint, Output, Pictures, Preview, Progress, Shared, Task
 from worker.engines.diffusion.batcher import Batcher, Entry, Limits, Pass
 from worker.engines.diffusion.checkpoints import save
+from worker.engines.diffusion.graphs import free_memory
 from worker.engines.diffusion.model import DiffusionModel
 from worker.engines.diffusion.painting import is_out_of_memory, paint, translated_errors
 from worker.engines.diffusion.previews import PreviewMap
@@ -267,7 +268,7 @@ class Lane:
         if is_out_of_memory(error) and self._batcher.shrink(batch):
             log.warning("pass_shrunk", size=batch.size, entries=len(batch.entries), rows=self._batcher.cap(batch.size))
             if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
+                free_memory()
         elif len(works) == 1 or is_out_of_memory(error):
             self._fail(works[0], error)
         else:

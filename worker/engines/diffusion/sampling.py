@@ -77,9 +77,12 @@ def advance(model: DiffusionModel, batch: Sequence[Sampling], rows: int | None =
         stepped = stepped + factor["noise"] * torch.cat([_noise(sampling) for sampling in batch])
     # This also waits for the device, so that progress and cancellation are never ahead of the work.
     finite = torch.isfinite(stepped).flatten(1).all(1).tolist()
-    for i, sampling in enumerate(batch):
-        if finite[i]:
-            _take(sampling, stepped[i : i + 1], clean[i : i + 1])
+    # All of it before any of them is changed: where memory gives out in between, each takes this step again.
+    taken = [_taken(sampling, stepped[i : i + 1], clean[i : i + 1]) for i, sampling in enumerate(batch)]
+    for sampling, good, left in zip(batch, finite, taken, strict=True):
+        if good:
+            sampling.latents, sampling.clean = left
+            sampling.step += 1
     return [
         None if good else not_finite(model, f"Step {sampling.step + 1} of {sampling.steps}")
         for sampling, good in zip(batch, finite, strict=True)
@@ -111,12 +114,12 @@ def _predict(
     return unconditional + scales[:, None, None, None] * (conditional - unconditional)
 
 
-def _take(sampling: Sampling, latents: torch.Tensor, clean: torch.Tensor) -> None:
+def _taken(sampling: Sampling, latents: torch.Tensor, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sampling's latents after its step, and the estimate of them without noise."""
     if sampling.blend is not None:
         latents = sampling.blend.apply(latents, sampling.next_step)
     # Copies: a view would keep the whole batch's memory for as long as one of its jobs.
-    sampling.latents, sampling.clean = latents.clone(), clean.clone()
-    sampling.step += 1
+    return latents.clone(), clean.clone()
 
 
 def not_finite(model: DiffusionModel, what: str) -> EngineFailed:
