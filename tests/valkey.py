@@ -1,33 +1,27 @@
 """Valkey servers for tests that need more than one, or a certain configuration, or to kill one; on TCP ports."""
 
-import random
 import signal
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from img2img.embedded import find_binary
+from img2img.ports import any_port
 from tests.stack import eventually
-
-PORTS: Final = (20_000, 32_000)
-"""Below those from which systems take one for whoever asks for any: nobody comes by one of them by chance."""
 
 
 def free_port() -> int:
     """A port of loopback that nobody listens on, and that stays free until it is used."""
-    for port in random.SystemRandom().sample(range(*PORTS), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port := any_port()))
             return port
-    raise RuntimeError(f"no free port between {PORTS[0]} and {PORTS[1]}")
 
 
 class ValkeyServer:
