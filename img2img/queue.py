@@ -262,6 +262,8 @@ class JobQueue:
     ) -> None:
         """Give the job back for another attempt; ``kind`` is what it counts as, and only failures are limited.
 
+        Safe to repeat.
+
         Raises:
             LeaseLost: somebody else holds the job now; nothing was written.
         """

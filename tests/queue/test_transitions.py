@@ -13,7 +13,7 @@ from img2img.errors import ConfigurationError, IdempotencyConflict, JobNotFound,
 from img2img.events import EventHub
 from img2img.jobs import Failure, JobState, Outcome, Running, Stage, StopReason
 from img2img.queue import JobQueue
-from img2img.queue_types import Join, Lifetime, Waiter, WorkerInfo
+from img2img.queue_types import Join, Lifetime, Rules, Waiter, WorkerInfo
 from img2img.server import check_server, open_redis
 from tests.queue.books import age
 from tests.queue.calls import KEEP, LEASE, SUCCEEDED, claim_one, event_types, lose, spec, submit
@@ -41,6 +41,22 @@ async def test_finishing_twice_changes_nothing(queue: JobQueue) -> None:
     await queue.finish(claim, SUCCEEDED)
     await queue.finish(claim, Outcome(state=JobState.FAILED))
     assert (await queue.get(job_id)).state == JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+async def test_giving_back_twice_gives_back_once(redis: ArqRedis, attempts: int) -> None:
+    """A release whose answer was lost may be sent again, also when the job was claimed or has ended meanwhile."""
+    queue = JobQueue(redis, rules=Rules(attempts=attempts))
+    job_id = await submit(queue)
+    claim = await claim_one(queue)
+    for _ in range(2):
+        await queue.release(claim, Failure("engine_failed", "x"), "failures")
+    job = await queue.get(job_id)
+    assert (job.state, job.failures) == (JobState.QUEUED if attempts > 1 else JobState.FAILED, 1)
+    if attempts > 1:
+        fresh = await claim_one(queue)
+        await queue.release(claim, Failure("engine_failed", "x"), "failures")
+        await queue.finish(fresh, SUCCEEDED)
 
 
 async def test_submitting_the_same_id_twice_makes_one_job(queue: JobQueue) -> None:
