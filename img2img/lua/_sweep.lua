@@ -12,12 +12,15 @@ end
 
 -- Up to when what was not renewed counts as given up.
 local function given_up_until()
-  local stall = redis.call('HMGET', OWN.stall, 'last', 'from', 'to')
-  local last, from, to = stall[1] or NOW, tonumber(stall[2] or 0), tonumber(stall[3] or 0)
+  local stall = redis.call('HMGET', OWN.stall, 'last', 'from', 'to', 'doubled')
+  local last, from, to = tonumber(stall[1] or NOW), tonumber(stall[2] or 0), tonumber(stall[3] or 0)
   redis.call('HSET', OWN.stall, 'last', int(NOW))
   if NOW - last > STALL then
-    from, to = tonumber(last), NOW
-    redis.call('HSET', OWN.stall, 'from', int(from), 'to', int(to))
+    -- A second gap before workers had their time after the first goes on with it; a third does not, since somebody may
+    -- just call so seldom.
+    local doubled = last < to + STALL_GRACE and stall[4] ~= '1'
+    from, to = doubled and from or last, NOW
+    redis.call('HSET', OWN.stall, 'from', int(from), 'to', int(to), 'doubled', doubled and '1' or '0')
   end
   return NOW < to + STALL_GRACE and from or NOW
 end

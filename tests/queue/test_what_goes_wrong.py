@@ -42,6 +42,16 @@ async def test_a_stalled_server_takes_no_lease(queue: JobQueue, redis: ArqRedis)
     assert await queue.beat(WORKER, [claim], lease=LEASE, ttl=60) == {}
 
 
+async def test_a_server_that_stalls_again_takes_no_lease(queue: JobQueue, redis: ArqRedis) -> None:
+    """Workers could not beat in between, either. But who sweeps seldom does not keep a dead one's jobs for ever."""
+    claim = await claim_one_of(queue)
+    await redis.zadd(f"{queue.prefix}leases:default", {claim.id: now() - 60_000})
+    for seconds, state in ((120, JobState.RUNNING), (30, JobState.RUNNING), (30, JobState.QUEUED)):
+        await stall(queue, redis, seconds)
+        await queue.sweep()
+        assert (await queue.get(claim.id)).state == state
+
+
 async def test_a_lease_that_had_run_out_before_is_lost(queue: JobQueue, redis: ArqRedis) -> None:
     claim = await claim_one_of(queue)
     await redis.zadd(f"{queue.prefix}leases:default", {claim.id: now() - 10_000})
