@@ -4,7 +4,7 @@ Keys: docs/queue.md. Only the server's clock says what day it is, as everywhere 
 """
 
 from collections.abc import Sequence
-from datetime import UTC, date, datetime
+from datetime import date
 from typing import Any, Final
 
 from arq.connections import ArqRedis
@@ -12,7 +12,7 @@ from arq.connections import ArqRedis
 from img2img.queue import SHARD
 from img2img.queue_types import MILLIONTHS
 from img2img.server import translated
-from img2img.upstream import EPOCH
+from img2img.upstream import EPOCH, today_of
 
 ALL: Final = "*"
 """Stands for all accounts together; no account is called so."""
@@ -46,6 +46,4 @@ class Spending:
 
     async def today(self) -> date:
         """The day (UTC) on which the server spends now."""
-        with translated():
-            seconds, _ = await self._redis.time()
-        return datetime.fromtimestamp(seconds, UTC).date()
+        return await today_of(self._redis)

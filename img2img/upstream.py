@@ -132,7 +132,7 @@ class UpstreamLedger:
 
     async def books(self, account: str, days: int = 7) -> Books:
         """What the account was used for on the latest ``days``, and for how long it is parked still."""
-        today = datetime.now(UTC).date()
+        today = await today_of(self._redis)
         dates = [today - timedelta(days=past) for past in range(days)]
         with translated():
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -155,6 +155,17 @@ class UpstreamLedger:
 
 def _pause(told: Sequence[Any]) -> Pause | None:
     return Pause(told[0] / 1000, told[1].decode()) if told else None
+
+
+async def today_of(redis: ArqRedis) -> date:
+    """The day (UTC) for which the server's books are kept now.
+
+    Raises:
+        Unavailable: it cannot be reached.
+    """
+    with translated():
+        seconds, _ = await redis.time()
+    return datetime.fromtimestamp(seconds, UTC).date()
 
 
 @asynccontextmanager

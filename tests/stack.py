@@ -41,6 +41,7 @@ class Process:
                 stderr=subprocess.STDOUT,
             )
         self._ready = ready
+        self._is_asked = False
 
     @property
     def pid(self) -> int:
@@ -72,13 +73,18 @@ class Process:
     def wait(self, seconds: float = 60.0) -> int:
         return self._child.wait(seconds)
 
-    def close(self) -> None:
-        if self._child.poll() is None:
+    def terminate(self) -> None:
+        """Ask it to stop, once."""
+        if self._child.poll() is None and not self._is_asked:
+            self._is_asked = True
             self._child.terminate()
-            try:
-                self._child.wait(40)
-            except subprocess.TimeoutExpired:
-                self.kill()
+
+    def close(self) -> None:
+        self.terminate()
+        try:
+            self._child.wait(40)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
 
 class Gateway(Process):
@@ -96,7 +102,7 @@ class Gateway(Process):
 
 
 class Stack:
-    """Gateways and workers that are ended, newest first, when the block is left."""
+    """Gateways and workers that are ended together when the block is left."""
 
     def __init__(self, redis_url: str, folder: Path, **settings: str) -> None:
         self._folder = folder
@@ -108,7 +114,10 @@ class Stack:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in reversed(self._processes):
+        # All of them first: a test that runs out of time here leaves none running.
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
             process.close()
 
     def gateway(self, **settings: str) -> Gateway:

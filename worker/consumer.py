@@ -260,16 +260,18 @@ class Consumer(Worker):
                 stop.set(reason)
 
     async def _obey_forever(self) -> None:
-        """Stop jobs as soon as somebody asks; the beat tells the same, later, if this list is lost."""
+        """Stop jobs as soon as somebody asks: the beat tells which, at once, or later if a word here is lost.
+
+        A word may have been meant for an earlier attempt, before a replay: only the record knows.
+        """
         while True:
             try:
                 told = await self._queue.next_stop(self._info.id, MAX_IDLE_WAIT)
             except Unavailable:
                 await self._pause()
-                continue
-            for fence, claim in self._held.items():
-                if told is not None and claim.id == told[0]:
-                    self._stops[fence].set(told[1])
+            else:
+                if told is not None:
+                    self._heart.beat_now()
 
     async def _pause(self) -> None:
         """Between two tries to reach the server; jittered, so that a fleet does not return as one."""

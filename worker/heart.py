@@ -74,11 +74,15 @@ class Heart:
         turned = (slots == 0) != (self._slots == 0)
         self._slots = slots
         if turned:
-            _send(self._loop, self._poke.set)
+            self.beat_now()
 
     def drain(self) -> None:
         """Say with every beat, from now on and at once, that the worker takes no more jobs."""
         self._is_draining = True
+        self.beat_now()
+
+    def beat_now(self) -> None:
+        """Do not wait for the time of the next beat."""
         _send(self._loop, self._poke.set)
 
     def stop(self) -> None:

@@ -144,6 +144,7 @@ def test_an_upstream_that_comes_back(stack: Stack, tmp_path: Path) -> None:
             upstream.close()
 
 
+@pytest.mark.timeout(600)
 def test_a_fleet_keeps_within_the_upstreams_limits(stack: Stack, upstream: UpstreamProcess, tmp_path: Path) -> None:
     """Twenty worker processes at three times the load: in the upstream's own count, as many calls as it takes.
 

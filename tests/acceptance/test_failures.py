@@ -146,6 +146,18 @@ def test_a_cancel_stops_a_running_job_within_a_step(stack: Stack) -> None:
     assert (canceled["state"], canceled["error"]["code"]) == ("canceled", "canceled")
 
 
+def test_a_late_word_to_stop_stops_no_later_attempt(stack: Stack, valkey_url: str) -> None:
+    """A cancel that reaches the worker when the job was replayed meanwhile: its record says that it may go on."""
+    worker = stack.worker()
+    with stack.gateway().client() as client, Redis.from_url(valkey_url) as redis:
+        job_id = submit(client, prompt=SLOW)["id"]
+        eventually(lambda: state_of(client, job_id) == "running", "running")
+        told = f"img2img:{{0}}:control:{worker.wait_ready()['worker']}"
+        redis.rpush(told, f"{job_id} user")
+        eventually(lambda: not redis.exists(told), "the worker has heard it")
+        assert ended(client, job_id)["state"] == "succeeded"
+
+
 def test_inputs_are_deleted_with_their_job(stack: Stack, tmp_path: Path) -> None:
     """With files as blob store: the input goes when the job has ended, the picture stays."""
     folder = tmp_path / "blobs with a space"

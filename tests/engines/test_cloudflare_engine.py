@@ -230,6 +230,25 @@ class TestStopping:
         await ended(api.calls[0], "gone")
         assert isinstance((await outputs_of(engine, task_of()))[-1], Image)
 
+    async def test_a_call_may_be_given_up_at_any_moment(
+        self, valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis
+    ) -> None:
+        """Just as its connection is made, too: the only place that there is for calls is free again each time."""
+        async with opened(valkey_url, upstream.url, highest=1) as engine:
+            for moment in range(30):
+                outputs = engine.generate(task_of("never"), Pictures())
+                async for output in outputs:
+                    if isinstance(output, Sent):
+                        break
+                calling = asyncio.ensure_future(anext(outputs))
+                for _ in range(moment):
+                    await asyncio.sleep(0)
+                calling.cancel()
+                await asyncio.wait({calling})
+                await outputs.aclose()
+            async with asyncio.timeout(60):
+                assert isinstance((await outputs_of(engine, task_of()))[-1], Image)
+
     async def test_the_generator_may_be_closed_before_its_call_and_twice(
         self, valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis
     ) -> None:

@@ -6,10 +6,11 @@ import re
 import time
 from collections.abc import AsyncIterator
 
+import httpx
 import pytest
 from arq.connections import ArqRedis
 from click.testing import CliRunner
-from upstream_helpers import ACME, OTHER, REFUSED_TOKEN, failure_of, opened, outputs_of, task_of, words
+from upstream_helpers import ACME, OTHER, REFUSED_TOKEN, called, failure_of, opened, outputs_of, task_of, words
 
 from img2img.cli import main
 from img2img.errors import UpstreamBusy, UpstreamRefused
@@ -134,8 +135,11 @@ class TestLimits:
     async def test_no_more_calls_at_once_than_may_be(
         self, valkey_url: str, upstream: Upstream, api: Api, redis: ArqRedis
     ) -> None:
-        async with opened(valkey_url, upstream.url, highest=3) as engine:
-            await asyncio.gather(*(outputs_of(engine, task_of("slow:0.05", seed=seed)) for seed in range(9)))
+        async with opened(valkey_url, upstream.url, highest=3) as engine, httpx.AsyncClient(trust_env=False) as http:
+            working = asyncio.gather(*(outputs_of(engine, task_of("hold", seed=seed)) for seed in range(9)))
+            await called(api, 3)
+            await http.post(upstream.url.replace("client/v4", "control/release"))
+            await working
         assert len(api.calls) == 9
         assert api.most_open == 3
 

@@ -65,12 +65,12 @@ def words(outputs: list[Output]) -> list[str]:
 
 
 async def ended(call: Call, how: str) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while call.ended != how:  # noqa: ASYNC110 - another thread's record has no event to wait for
             await asyncio.sleep(0.005)
 
 
 async def called(api: Api, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(api.calls) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.005)

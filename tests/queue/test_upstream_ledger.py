@@ -1,7 +1,9 @@
 """What workers share about an upstream: exact limits, parked and held accounts, and what each day cost."""
 
 import asyncio
+import time
 from collections import Counter
+from datetime import datetime, tzinfo
 from typing import Final
 
 import pytest
@@ -166,3 +168,20 @@ async def test_the_books_say_what_a_day_cost(redis: ArqRedis) -> None:
     assert [(day.calls, day.pictures, day.neurons) for day in second.days] == [(2, 0, 0.0)]
     assert first.parked_seconds == 0 < second.parked_seconds
     assert await ledger.books("third") == Books("third", 0.0, ())
+
+
+async def test_the_servers_clock_says_what_day_it_is(redis: ArqRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads the books elsewhere, where it is another day, finds the same in them."""
+
+    class Elsewhere(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Elsewhere":
+            return cls.fromtimestamp(time.time() - 9 * DAY / 1000, tz)
+
+    keep_within_a_day(TEST_SECONDS)
+    ledger = ledger_of(redis)
+    await admitted(ledger, FIRST, calls=1)
+    here = await ledger.books("first")
+    monkeypatch.setattr("img2img.upstream.datetime", Elsewhere)
+    assert await ledger.books("first") == here
+    assert [day.calls for day in here.days] == [1]

@@ -113,7 +113,7 @@ class CloudflareEngine:
 
     async def __aenter__(self) -> Self:
         self._ledger = await self._stack.enter_async_context(self._unopened)
-        self._exchange = await self._stack.enter_async_context(Exchange(self._options.url, self._options.highest))
+        self._exchange = await self._stack.enter_async_context(Exchange(self._options.url))
         for outcome in Outcome:  # from 0, so that the first one is an increase
             telemetry.UPSTREAM_CALLS.labels(outcome.label)
         for account in self._accounts.values():

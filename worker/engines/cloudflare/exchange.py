@@ -24,7 +24,6 @@ MAX_ANSWER: Final = 32 * 1024 * 1024
 UNSENT: Final = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
-    httpx.PoolTimeout,
     httpx.ProxyError,
     httpx.WriteError,
     httpx.WriteTimeout,
@@ -57,16 +56,17 @@ class NoAnswer(Exception):
 
 
 class Exchange:
-    """The connections to an upstream at ``base_url``, for up to ``calls`` at once. Open it as a context manager.
+    """The connections to an upstream at ``base_url``, one for each call under way. Open it as a context manager.
 
     HTTP/1.1, one call a connection: when a call is given up its connection is closed, and the upstream knows at once.
     """
 
-    def __init__(self, base_url: str, calls: int) -> None:
+    def __init__(self, base_url: str) -> None:
         self._base_url = base_url.rstrip("/")
         self._client = httpx.AsyncClient(
             base_url=base_url,
-            limits=httpx.Limits(max_connections=calls, max_keepalive_connections=calls, keepalive_expiry=IDLE_SECONDS),
+            # Not limited here: httpcore counts a connection for ever whose call was cancelled just as it was made.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS),
             verify=httpx.create_ssl_context(),  # SSL_CERT_FILE counts for a server on this machine, too
             # A proxy in the environment is for the world outside, not for a server on this machine.
             trust_env=urlsplit(base_url).hostname not in LOOPBACK,
