@@ -17,6 +17,8 @@ from tests.stack import eventually
 
 MARK: Final = "RUN_OF_A_TEST"
 START_SECONDS: Final = 60.0
+LAST_WORDS_SECONDS: Final = 5.0
+"""For reading what a command wrote before its end; longer only where a process that it left has the terminal, too."""
 COLOURS: Final = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 IMG2IMG: Final = (sys.executable, "-m", "img2img.cli")
 # The first terminal that a session opens becomes the one that controls it.
@@ -77,10 +79,15 @@ class Terminal:
         """Wait until ``words`` are shown; the text so far."""
 
         def look() -> bool:
-            assert words in self.text or self._process.poll() is None, f"ended without {words!r}:\n{self.text}"
+            if has_ended := self._process.poll() is not None:
+                self._reader.join(LAST_WORDS_SECONDS)
+            assert words in self.text or not has_ended, f"ended without {words!r}"
             return words in self.text
 
-        eventually(look, f"{words!r} in:\n{self.text}", seconds)
+        try:
+            eventually(look, repr(words), seconds)
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}:\n{self.text}") from exc
         return self.text
 
     def press_ctrl_c(self) -> None:
@@ -125,7 +132,10 @@ class Terminal:
 
     def all_gone(self, seconds: float = 60.0) -> None:
         """Wait until no process of the command is left."""
-        eventually(lambda: not self.processes(), f"processes left: {self.processes()}", seconds)
+        try:
+            eventually(lambda: not self.processes(), "no process left", seconds)
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}: {self.processes()}") from exc
 
     def _stop_reading(self) -> None:
         self._closing.set()
