@@ -13,6 +13,8 @@ import uuid
 from pathlib import Path
 from typing import Final, Self
 
+import httpx
+
 from tests.stack import eventually
 
 MARK: Final = "RUN_OF_A_TEST"
@@ -172,6 +174,13 @@ class Up(Terminal):
         assert found[1], text
         self.http, self.grpc = found[0][1], found[1][1]
         return self
+
+    def is_ready(self) -> bool:
+        """Whether the service takes jobs now."""
+        try:
+            return httpx.get(f"{self.http}/health/ready", trust_env=False, timeout=60).status_code == 200
+        except httpx.TransportError:
+            return False
 
 
 def kill(pid: int) -> None:
