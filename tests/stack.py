@@ -48,11 +48,17 @@ class Process:
         return self._child.pid
 
     def wait_ready(self) -> dict[str, Any]:
+        """What it says when it is up; one that does not come up is ended, and fails the test with its log."""
+
         def look() -> dict[str, Any] | None:
-            assert self._child.poll() is None, f"exited {self._child.returncode}:\n{self.log.read_text()}"
+            assert self._child.poll() is None, f"exited {self._child.returncode}"
             return next((entry for entry in self.entries() if entry.get("event") == self._ready), None)
 
-        return eventually(look, f"{self._ready}:\n{self.log.read_text()}", START_SECONDS)
+        try:
+            return eventually(look, self._ready, START_SECONDS) or {}
+        except AssertionError as exc:
+            self.close()
+            raise AssertionError(f"{exc}:\n{self.log.read_text()}") from exc
 
     def entries(self) -> list[dict[str, Any]]:
         found = []

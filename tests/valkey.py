@@ -43,7 +43,11 @@ class ValkeyServer:
 
     def __enter__(self) -> Self:
         self.start()
-        self.wait_up()
+        try:
+            self.wait_up()
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

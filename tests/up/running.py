@@ -13,10 +13,14 @@ import uuid
 from pathlib import Path
 from typing import Final, Self
 
+import httpx
+
 from tests.stack import eventually
 
 MARK: Final = "RUN_OF_A_TEST"
 START_SECONDS: Final = 60.0
+LAST_WORDS_SECONDS: Final = 5.0
+"""For reading what a command wrote before its end; longer only where a process that it left has the terminal, too."""
 COLOURS: Final = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 IMG2IMG: Final = (sys.executable, "-m", "img2img.cli")
 # The first terminal that a session opens becomes the one that controls it.
@@ -77,10 +81,15 @@ class Terminal:
         """Wait until ``words`` are shown; the text so far."""
 
         def look() -> bool:
-            assert words in self.text or self._process.poll() is None, f"ended without {words!r}:\n{self.text}"
+            if has_ended := self._process.poll() is not None:
+                self._reader.join(LAST_WORDS_SECONDS)
+            assert words in self.text or not has_ended, f"ended without {words!r}"
             return words in self.text
 
-        eventually(look, f"{words!r} in:\n{self.text}", seconds)
+        try:
+            eventually(look, repr(words), seconds)
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}:\n{self.text}") from exc
         return self.text
 
     def press_ctrl_c(self) -> None:
@@ -125,7 +134,10 @@ class Terminal:
 
     def all_gone(self, seconds: float = 60.0) -> None:
         """Wait until no process of the command is left."""
-        eventually(lambda: not self.processes(), f"processes left: {self.processes()}", seconds)
+        try:
+            eventually(lambda: not self.processes(), "no process left", seconds)
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}: {self.processes()}") from exc
 
     def _stop_reading(self) -> None:
         self._closing.set()
@@ -162,6 +174,13 @@ class Up(Terminal):
         assert found[1], text
         self.http, self.grpc = found[0][1], found[1][1]
         return self
+
+    def is_ready(self) -> bool:
+        """Whether the service takes jobs now."""
+        try:
+            return httpx.get(f"{self.http}/health/ready", trust_env=False, timeout=60).status_code == 200
+        except httpx.TransportError:
+            return False
 
 
 def kill(pid: int) -> None:

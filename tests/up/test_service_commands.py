@@ -102,7 +102,7 @@ def test_the_picture_of_a_job(server: str, tmp_path: Path) -> None:
 def test_ctrl_c_cancels_the_job(server: str, tmp_path: Path) -> None:
     """Ctrl-C while the picture is made cancels its job on the service; no file is written."""
     out = tmp_path / "lion.png"
-    with Terminal("generate", "interrupted", "-o", str(out), IMG2IMG_SERVER=server) as terminal:
+    with Terminal("generate", "interrupted fake:step=5", "-o", str(out), IMG2IMG_SERVER=server) as terminal:
         terminal.shows("steps ")
         terminal.press_ctrl_c()
         assert terminal.wait() == 130
@@ -110,7 +110,7 @@ def test_ctrl_c_cancels_the_job(server: str, tmp_path: Path) -> None:
     assert "Traceback" not in terminal.text
     assert not out.exists()
     job = jobs(server, "list", "--limit", "1")[0]
-    assert job["parameters"]["prompt"] == "interrupted"
+    assert job["parameters"]["prompt"] == "interrupted fake:step=5"
     eventually(lambda: jobs(server, "get", job["id"])[0]["state"] == "canceled", "the job to be canceled")
 
 
@@ -134,8 +134,12 @@ def test_a_crash_in_between_is_not_noticed(up: Up, tmp_path: Path, kind: str) ->
     out = tmp_path / "lion.png"
     with Terminal("generate", "a lion", "-o", str(out), IMG2IMG_SERVER=up.grpc) as terminal:
         terminal.shows("steps ")
-        kill(up.child(kind))
+        before = up.child(kind)
+        kill(before)
         assert terminal.wait() == 0, terminal.text
+        # The picture may have been there just before: the tests after this one need the service, too.
+        eventually(lambda: up.child(kind) != before, f"another {kind}")
+        eventually(up.is_ready, "readiness")
     assert look(out.read_bytes()) == ("PNG", (256, 256))
 
 
@@ -167,7 +171,7 @@ def test_refusals_are_one_line(server: str, words: tuple[str, ...], status: int,
 def test_jobs_are_listed_watched_and_canceled(server: str, tmp_path: Path) -> None:
     """A job can be found, followed to its end and canceled from another terminal."""
     with Terminal(
-        "generate", "[b]watched[/b] fake:step=2", "-o", str(tmp_path / "a.png"), IMG2IMG_SERVER=server
+        "generate", "[b]watched[/b] fake:step=5", "-o", str(tmp_path / "a.png"), IMG2IMG_SERVER=server
     ) as terminal:
         terminal.shows("steps ")
         job_id = jobs(server, "list", "--state", "running", "--limit", "1")[0]["id"]

@@ -68,7 +68,7 @@ def test_a_killed_child_comes_back(up: Up, kind: str) -> None:
     kill(before)
     up.shows(f"{kind} ended (killed by SIGKILL): starting it again")
     eventually(lambda: up.child(kind) != before, f"another {kind}")
-    eventually(lambda: is_ready(up), "readiness")
+    eventually(up.is_ready, "readiness")
     assert make_picture(up).startswith(PNG)
     with Client(up.grpc) as client:
         assert client.get(job).state is JobState.SUCCEEDED
@@ -77,13 +77,6 @@ def test_a_killed_child_comes_back(up: Up, kind: str) -> None:
 def make_job(up: Up) -> str:
     with Client(up.grpc) as client:
         return client.generate(prompt="a lion", timeout=60).job.id
-
-
-def is_ready(up: Up) -> bool:
-    try:
-        return httpx.get(f"{up.http}/health/ready", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_another_service_makes_the_pictures(tmp_path: Path) -> None:
