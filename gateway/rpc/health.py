@@ -48,12 +48,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802
         sent = None
         while True:
-            changed = self._changed
-            status = self._status(request.service)
+            # Read together: what comes while the status is on its way is told in the next round.
+            changed, closed, status = self._changed, self._closed, self._status(request.service)
             if status != sent:
                 await context.write(health_pb2.HealthCheckResponse(status=status))
                 sent = status
-            if self._closed:
+            if closed:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "The server is shutting down")
             await changed.wait()
 
