@@ -200,13 +200,13 @@ class JobQueue:
         """Sleep until a job is submitted, or ``timeout`` seconds; a lost ring costs no more than that."""
         await self._pop(self.wake_key, timeout)
 
-    async def next_stop(self, worker: str, timeout: float) -> tuple[str, StopReason] | None:
-        """The next job that this worker is told to stop, and why; None after ``timeout`` seconds."""
+    async def next_stop(self, worker: str, timeout: float) -> str | None:
+        """The next job of which an attempt by this worker is, or was, to stop; None after ``timeout`` seconds.
+
+        Whether it still is, and why, a beat tells.
+        """
         message = await self._pop(f"{self.prefix}control:{worker}", timeout)
-        if message is None:
-            return None
-        job_id, _, reason = message.partition(" ")
-        return job_id, StopReason(reason)
+        return None if message is None else message.partition(" ")[0]
 
     async def sign_off(self, worker: str) -> None:
         """Forget a worker that holds nothing, and ring once for the token that it may have taken."""

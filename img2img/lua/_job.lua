@@ -77,16 +77,11 @@ local function keep_inputs(id)
   return true
 end
 
--- What a worker is told there must not outlive the attempt that it is about: the job may be replayed on that worker.
-local function control_of(worker) return P .. 'control:' .. worker end
-
-local function stop_word(id, reason) return id .. ' ' .. reason end
-
 -- The only way into a terminal state: record, terminal event, arq's result and every index in one go.
 local function finalize(id, state, outcome)
   local key, arq = job_key(id), arq_id(id)
   local job = redis.call('HMGET', key, 'keep', 'attempt', 'created', 'started', 'inputs', 'quarantined', 'queue', 'state',
-    'ms', 'account', 'units', 'checkpoint', 'preview', 'sent', 'reserved', 'worker', 'stop')
+    'ms', 'account', 'units', 'checkpoint', 'preview', 'sent', 'reserved')
   local keep, queue = job[1], queue_named(job[7])
   redis.call('HSET', key, 'state', state, 'finished', int(NOW), 'outcome', outcome)
   if state == 'succeeded' then learn(queue, id) end
@@ -100,7 +95,6 @@ local function finalize(id, state, outcome)
   redis.call('ZREM', queue.abandon, id)
   if job[8] == 'running' then
     leave_running(queue, id, job[9], job[4])
-    if job[17] then redis.call('LREM', control_of(job[16]), 0, stop_word(id, job[17])) end
   else
     leave_waiting(id, queue, job[10], job[11])
   end
@@ -230,8 +224,9 @@ local function request_stop(id, reason)
     return 'canceled'
   elseif job[1] == 'running' then
     redis.call('HSETNX', job_key(id), 'stop', reason)
-    redis.call('RPUSH', control_of(job[2]), stop_word(id, field(id, 'stop')))
-    redis.call('PEXPIRE', control_of(job[2]), 60000)
+    -- No more than a nudge: which attempt is to stop, and why, the record tells the worker's next beat.
+    redis.call('RPUSH', P .. 'control:' .. job[2], id .. ' ' .. reason)
+    redis.call('PEXPIRE', P .. 'control:' .. job[2], 60000)
   end
   return job[1]
 end

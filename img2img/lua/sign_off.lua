@@ -9,5 +9,5 @@ for id in string.gmatch(ids or '', '%S+') do
 end
 redis.call('DEL', P .. 'claimed:' .. ARGV[2])
 forget_worker(ARGV[2])
-redis.call('DEL', control_of(ARGV[2]))
+redis.call('DEL', P .. 'control:' .. ARGV[2])
 wake(OWN)

@@ -197,25 +197,12 @@ async def test_cancel_in_every_state(queue: JobQueue) -> None:
     running = await submit(queue)
     claim = await claim_one(queue)
     assert await queue.cancel(running) == JobState.RUNNING
-    assert await queue.next_stop("w1", 1) == (running, StopReason.USER)
+    assert await queue.next_stop("w1", 1) == running
     assert await queue.report(claim, Running(executed_by="w1")) == StopReason.USER
     await queue.finish(claim, Outcome(state=JobState.CANCELED))
     assert (await queue.get(running)).state == JobState.CANCELED
     with pytest.raises(JobNotFound):
         await queue.cancel("0-nothing")
-
-
-@pytest.mark.parametrize("reason", [StopReason.USER, StopReason.DISCONNECT])
-async def test_a_replayed_job_is_not_stopped_by_an_old_word(queue: JobQueue, reason: StopReason) -> None:
-    """Its worker heard of the cancel by a beat, and reads its list only when it runs the job again."""
-    job_id = await submit(queue)
-    claim = await claim_one(queue)
-    for why in (reason, StopReason.USER):
-        await queue.cancel(job_id, why)
-    await queue.finish(claim, Outcome(state=JobState.CANCELED))
-    await queue.replay(job_id, 60)
-    assert (await claim_one(queue)).id == job_id
-    assert await queue.next_stop("w1", 0.01) is None
 
 
 async def test_a_canceled_job_is_not_run_again_when_its_worker_dies(queue: JobQueue) -> None:
